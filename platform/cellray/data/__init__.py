@@ -1,0 +1,1 @@
+"""Cells: files, counts, tokens, blocks, the store."""

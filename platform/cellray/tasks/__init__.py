@@ -1,0 +1,1 @@
+"""Downstream tasks, metrics, baselines, the report."""

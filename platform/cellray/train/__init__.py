@@ -1,0 +1,1 @@
+"""Recipe, feed, stages, the loop, checkpoints."""

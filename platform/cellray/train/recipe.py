@@ -1,0 +1,427 @@
+"""Recipes: every setting of a run as frozen dataclasses, and one way to override them.
+
+A recipe is a function that returns a `Recipe`; a variation is `dataclasses.replace`.
+`override(recipe, {"optim.lr": 1e-4})` serves the command line, a Tune trial and a RayJob alike.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from cellray.data.modalities import BUILT_IN, Modality
+
+T = TypeVar("T")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A single data set, for those who have no table. Column settings are as in the atlas table."""
+
+    name: str = "dataset"
+    """Name of the data set, the first part of every cell id."""
+    rna: str = ""
+    """URL of the file with RNA counts."""
+    atac: str = ""
+    """URL of the file with ATAC counts."""
+    protein: str = ""
+    """URL of the file with protein counts."""
+    multi: str = ""
+    """URL of a MuData file (.h5mu, .zarr) that holds several modalities."""
+    label: str = ""
+    """obs column of the cell type."""
+    batch: str = ""
+    """obs column of the batch."""
+    donor: str = ""
+    """obs column of the donor."""
+    assay: str = ""
+    """obs column of the assay, or =VALUE for all cells."""
+    species: str = ""
+    """obs column of the species, or =VALUE for all cells."""
+    tissue: str = ""
+    """obs column of the tissue, or =VALUE for all cells."""
+    layer: str = ""
+    """Where raw counts are: "" for X, "raw" for raw.X, else the name of a layer."""
+    names: str = ""
+    """var column of the feature ids; "" for var_names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingest:
+    """How an atlas becomes a token store."""
+
+    drop_labels: tuple[str, ...] = ()
+    """Cells with these labels are dropped, and reported."""
+    min_cells: int = 1
+    """Features counted in fewer cells are left out of the vocabulary, and reported."""
+    unit_cells: int = 4096
+    """Cells one task reads at a time."""
+    shard_bytes: int = 128 << 20
+    """About how large a shard becomes, in bytes."""
+    allow_failed_files: bool = False
+    """Go on with the other data sets when one cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which cells training never sees."""
+
+    by: Literal["auto", "donor", "batch", "cell"] = "auto"
+    """Unit that is held out whole; auto takes donors, else batches, else cells, where there are three."""
+    fraction: float = 0.2
+    """Share of the units of each data set that is held out."""
+
+    def __post_init__(self) -> None:
+        _within("split.fraction", self.fraction, 0.01, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The teacher: an encoder a modality, the fusion, the decoders."""
+
+    width: int = 64
+    """Width of the encoders and of every embedding."""
+    layers: int = 2
+    """Transformer layers of an encoder."""
+    heads: int = 4
+    """Attention heads."""
+    fusion_layers: int = 2
+    """Transformer layers over the modality summaries."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"network.width {self.width} is no multiple of network.heads {self.heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentNetwork:
+    """The student: a sparse MLP from RNA alone to the joint embedding."""
+
+    hidden: int = 256
+    """Width of the hidden layers."""
+    blocks: int = 2
+    """Residual blocks after the gather."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with linear warm-up and cosine decay, anew in every stage."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases, norms and embeddings have none."""
+    warmup: float = 0.1
+    """Share of a stage's steps over which the rate rises."""
+    clip: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        _within("optim.lr", self.lr, 1e-8, 1.0)
+        _within("optim.warmup", self.warmup, 0.0, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """What one optimiser step reads, over all workers together."""
+
+    tokens: int = 32_768
+    """Most tokens of a global batch."""
+    cells: int = 256
+    """Most cells of a global batch."""
+    window: int = 64
+    """Record batches of 1,024 cells that are mixed with each other."""
+
+    def __post_init__(self) -> None:
+        _within("feed.window", self.window, 1, 1 << 20)
+        _within("feed.cells", self.cells, 2, 1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unimodal:
+    """Stage 1, once a modality: masked values, detection, reconstruction through the bottleneck."""
+
+    epochs: float = 4.0
+    """Passes over the training cells."""
+    mask: tuple[float, float] = (0.15, 0.4)
+    """Share of the non-zero tokens that is hidden, drawn for each cell between these."""
+    zeros: float = 0.25
+    """Absent features asked for, as a share of the tokens."""
+    queries: int = 4096
+    """Most features asked of the bottleneck in a step."""
+
+    def __post_init__(self) -> None:
+        _within("unimodal.mask", self.mask[0], 0.0, self.mask[1])
+        _within("unimodal.mask", self.mask[1], self.mask[0], 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """Stage 2: the joint embedding from any subset of modalities."""
+
+    epochs: float = 4.0
+    """Passes over the training cells."""
+    dropout: float = 0.4
+    """Chance that a present modality is hidden from the encoder; one always stays."""
+    match: float = 0.2
+    """Weight of matching pairs against the batch."""
+    temperature: float = 0.1
+    """Of the matching softmax."""
+    queries: int = 4096
+    """Most features asked of each decoder in a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil:
+    """Stage 3: the RNA-only student, and its control that never saw the teacher."""
+
+    epochs: float = 20.0
+    """Passes over the training cells."""
+    mask: float = 0.3
+    """Share of the student's input tokens that is hidden in training."""
+    joint: float = 1.0
+    """Weight of the distance to the teacher's joint vector."""
+    relation: float = 1.0
+    """Weight of the distance to the similarity structure of the batch."""
+    impute: float = 0.2
+    """Weight of the likelihood of the missing modalities' summaries."""
+    decode: float = 0.3
+    """Weight of decoding counts: RNA, and what is missing where it is known."""
+    queries: int = 4096
+    """Most features asked of each decoder in a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What the report measures."""
+
+    seeds: int = 3
+    """Seeds of every probe and baseline."""
+    bootstrap: int = 500
+    """Resamples of a confidence interval."""
+    targets: str = ""
+    """CSV with `cell_id` and numeric columns that embeddings are probed for; "" for none."""
+    features: int = 5000
+    """Most features of a modality that translation is scored on, the commonest first."""
+
+    def __post_init__(self) -> None:
+        _within("score.seeds", self.seeds, 1, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, whole."""
+
+    atlas: str = ""
+    """URL of the atlas table, a row a file."""
+    dataset: DataSet = DataSet()
+    """A single data set, where there is no table."""
+    run: str = "runs/run"
+    """Folder or URL for everything the run writes."""
+    seed: int = 0
+    """Of every random thing."""
+    workers: int = 2
+    """Training workers."""
+    threads: int = 1
+    """CPU threads of a worker."""
+    gpu: bool = False
+    """Train on GPUs, one a worker."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the matrix products in training."""
+    checkpoint_seconds: float = 30.0
+    """Most seconds of work that a kill may cost."""
+    modalities: tuple[Modality, ...] = BUILT_IN
+    """What may be measured; those without a file are left out."""
+    ingest: Ingest = Ingest()
+    split: Split = Split()
+    feed: Feed = Feed()
+    network: Network = Network()
+    student: StudentNetwork = StudentNetwork()
+    optim: Optim = Optim()
+    unimodal: Unimodal = Unimodal()
+    joint: Joint = Joint()
+    distil: Distil = Distil()
+    score: Score = Score()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Free text kept with the run."""
+
+    def __post_init__(self) -> None:
+        _within("workers", self.workers, 1, 4096)
+        _within("threads", self.threads, 1, 1024)
+        names = [m.name for m in self.modalities]
+        if len(set(names)) < len(names) or "rna" not in names:
+            raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
+
+
+LAUNCH = ("run", "workers", "threads", "checkpoint_seconds", "notes")
+"""Settings that decide where and how fast a run goes, not what comes out of it."""
+
+
+def load(path: str) -> Recipe:
+    """The recipe that the function `module:function` returns."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"{path!r} is no recipe: write module:function, as in pipelines.recipes.demo:recipe")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise ValueError(
+            f"recipe {path!r}: there is no module {error.name!r}; run this where it can be imported"
+        ) from None
+    except AttributeError:
+        raise ValueError(f"recipe {path!r}: module {module} has no function {name!r}") from None
+    recipe = function()
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe {path!r} returned {type(recipe).__name__}, not a Recipe")
+    return recipe
+
+
+def settings(args: Sequence[str]) -> dict[str, str]:
+    """`["optim.lr=1e-4"]` -> `{"optim.lr": "1e-4"}`."""
+    found: dict[str, str] = {}
+    for arg in args:
+        key, equals, value = arg.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{arg!r} is no setting: write key=value, as in optim.lr=1e-4")
+        if key in found:
+            raise ValueError(f"{key} is set twice: {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
+
+
+def override(recipe: T, changes: Mapping[str, Any]) -> T:
+    """`recipe` with some settings changed; keys are dotted paths, values are typed or text.
+
+    An item of a tuple of named things is reached by its name: `modalities.rna.context`.
+    ValueError for a setting that does not exist (with those that do) or a value of another type.
+    """
+    for key, value in changes.items():
+        recipe = _set(recipe, key.split("."), value, key)
+    return recipe
+
+
+def _set(node: Any, path: list[str], value: Any, key: str) -> Any:
+    if isinstance(node, tuple):
+        names = [item.name for item in node]
+        if path[0] not in names:
+            raise _unknown(key, path[0], names)
+        if len(path) == 1:
+            raise ValueError(f"{key} is no setting but a group: set one of its fields, as in {key}.context")
+        at = names.index(path[0])
+        return (*node[:at], _set(node[at], path[1:], value, key), *node[at + 1 :])
+    hints = typing.get_type_hints(type(node))
+    if path[0] not in hints:
+        raise _unknown(key, path[0], list(hints))
+    old = getattr(node, path[0])
+    if len(path) > 1:
+        if not (is_dataclass(old) or (isinstance(old, tuple) and old and is_dataclass(old[0]))):
+            raise ValueError(f"{key}: {path[0]} is a plain setting and has no {path[1]!r}")
+        return dataclasses.replace(node, **{path[0]: _set(old, path[1:], value, key)})
+    if is_dataclass(old) and not isinstance(value, type(old)):
+        raise ValueError(f"{key} is a group of settings: {', '.join(typing.get_type_hints(type(old)))}")
+    return dataclasses.replace(node, **{path[0]: _typed(hints[path[0]], value, key)})
+
+
+def _unknown(key: str, name: str, names: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"there is no setting {key!r}: {name!r} is none of {', '.join(names)}.{hint}")
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """`value`, text or not, as the type `hint`; ValueError where it cannot be."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ValueError(f"{key}={value!r}: expected {_spell(hint)}")
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        parts = [] if parts == [""] else parts
+        kinds = [args[0]] * len(parts) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(parts):
+            return tuple(_typed(kind, part, key) for kind, part in zip(kinds, parts, strict=True))
+    if origin is Mapping:
+        found = json.loads(value) if isinstance(value, str) else value
+        if isinstance(found, Mapping):
+            return dict(found)
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is bool:
+        named = {"true": True, "false": False}.get(str(value).lower())
+        if named is not None:
+            return named
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if math.isfinite(number) and (hint is float or number.is_integer()):
+            return hint(number)
+    raise wrong
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if hint in (int, float, bool, str):
+        return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+    if typing.get_origin(hint) is tuple:
+        return "values with commas between them"
+    return str(hint)
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain JSON values."""
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(recipe))))
+
+
+def from_json(data: Mapping[str, Any]) -> Recipe:
+    """The recipe that `to_json` wrote."""
+    return typing.cast(Recipe, _build(Recipe, data))
+
+
+def _build(kind: Any, data: Any) -> Any:
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(type, kind)(**{name: _build(hints[name], value) for name, value in data.items()})
+    if typing.get_origin(kind) is tuple:
+        args = typing.get_args(kind)
+        inner = [args[0]] * len(data) if args[-1] is Ellipsis else args
+        return tuple(_build(k, v) for k, v in zip(inner, data, strict=True))
+    return data
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 over every setting that decides what comes out of a run."""
+    facts = {key: value for key, value in to_json(recipe).items() if key not in LAUNCH}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def describe(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Every setting as (dotted key, value), for `--help` and error messages."""
+
+    def walk(node: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            if is_dataclass(value):
+                yield from walk(value, f"{prefix}{f.name}.")
+            elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+                for item in value:
+                    yield from walk(item, f"{prefix}{f.name}.{item.name}.")
+            else:
+                yield f"{prefix}{f.name}", value
+
+    return list(walk(recipe, ""))
