@@ -1,0 +1,1 @@
+"""Applications: `python -m pipelines.<name> RECIPE [key=value …]`."""

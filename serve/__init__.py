@@ -1,0 +1,1 @@
+"""The endpoint: `serve run serve.app:build bundle=PATH`."""

@@ -1,0 +1,1 @@
+"""Sweeps: `python -m tune.sweep RECIPE SPACE [key=value …]`."""

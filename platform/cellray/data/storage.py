@@ -4,6 +4,8 @@ import hashlib
 import os
 import posixpath
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -13,9 +15,10 @@ from fsspec.implementations.local import LocalFileSystem
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of `url` and the path in it. Local paths come back absolute.
 
-    Credentials come from the environment, as each fsspec backend documents.
+    Credentials come from the environment, as each fsspec backend documents. Listings are not
+    cached: other processes write beside us.
     """
-    return fsspec.core.url_to_fs(url)
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)
 
 
 def join(url: str, *parts: str) -> str:
@@ -44,8 +47,8 @@ def write_bytes(url: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
         return
-    part = _write_part(path, data)
-    os.replace(part, path)
+    with _part(path, data) as part:
+        os.replace(part, path)
     _sync_folder(path)
 
 
@@ -62,26 +65,28 @@ def write_once(url: str, data: bytes) -> bool:
         except FileExistsError:
             return False
         return True
-    part = _write_part(path, data)
     try:
-        os.link(part, path)
+        with _part(path, data) as part:
+            os.link(part, path)
     except FileExistsError:
         return False
-    finally:
-        os.unlink(part)
     _sync_folder(path)
     return True
 
 
-def _write_part(path: str, data: bytes) -> str:
-    """A synced file beside `path`, under a name that no reader looks for."""
+@contextmanager
+def _part(path: str, data: bytes) -> Iterator[str]:
+    """A synced file beside `path`, under a name that no reader looks for; gone in the end."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = f"{path}.{uuid.uuid4().hex}.part"
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return part
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield part
+    finally:
+        Path(part).unlink(missing_ok=True)
 
 
 def _sync_folder(path: str) -> None:

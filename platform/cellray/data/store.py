@@ -7,7 +7,7 @@ STORE/shards/<number>-<sha256>.arrow one row is one cell, zstd, record batches o
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -44,7 +44,7 @@ def schema(modalities: Sequence[Modality], sizes: dict[str, int]) -> pa.Schema:
 def cell_table(
     tokenizer: Tokenizer,
     cell_ids: Sequence[str],
-    about: dict[str, Sequence[str]],
+    about: Mapping[str, Sequence[str]],
     present: np.ndarray,
     counts: dict[str, Counts],
 ) -> pa.Table:
@@ -184,15 +184,19 @@ class Store:
         rows = np.arange(first, first + record.num_rows)
         return Batch(rows, counts, record["present"].to_numpy())
 
-    def read(self, rows: np.ndarray) -> Batch:
-        """The cells at `rows` (store order), in that order. Decodes only the record batches they lie in."""
+    def read(self, rows: np.ndarray, decode: Callable[[np.ndarray], list[Batch]] | None = None) -> Batch:
+        """The cells at `rows` (store order), in that order. Decodes only the record batches they lie in.
+
+        `decode` gives record batches by number, for a caller that keeps some at hand.
+        """
         rows = np.asarray(rows, np.int64)
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
         needed, inverse = np.unique(numbers, return_inverse=True)
-        batches = [self.batch(int(n)) for n in needed]
-        whole = concatenate(batches) if batches else self.batch(0).take(np.empty(0, np.int64))
+        batches = decode(needed) if decode else [self.batch(int(n)) for n in needed]
+        if not batches:
+            return self.batch(0).take(rows)
         firsts = np.concatenate([[0], np.cumsum([len(b.rows) for b in batches])])[:-1]
-        return whole.take(firsts[inverse] + rows - self.starts[numbers]) if len(rows) else whole
+        return concatenate(batches).take(firsts[inverse] + rows - self.starts[numbers])
 
     def _reader(self, shard: int) -> pa.ipc.RecordBatchFileReader:
         return pa.ipc.open_file(pa.BufferReader(self._shard_bytes(shard)))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from cellray.data.modalities import Modality
+from cellray.data.modalities import Modality, scaled
 
 VERSION = 1
 POOLED = ""
@@ -107,6 +107,19 @@ class Vocabulary:
             return pooled
         own = self.sums[assay] / np.maximum(self.nonzero[assay], 1)
         return np.where(self.nonzero[assay] > 0, own, pooled)
+
+    @property
+    def log_depth(self) -> float:
+        """log(1 + mean depth in the vocabulary)."""
+        return float(np.log1p(self.sums[POOLED].sum() / max(self.cells[POOLED], 1)))
+
+    @property
+    def typical(self) -> float:
+        """What a model reads for the mean non-zero count of a cell of mean depth: the unit of values."""
+        total = max(int(self.sums[POOLED].sum()), 1)
+        count = np.array([total / max(int(self.nonzero[POOLED].sum()), 1)])
+        depth = np.array([total / max(self.cells[POOLED], 1)])
+        return float(scaled(count, depth, self.modality.scale)[0])
 
 
 @dataclass(frozen=True)

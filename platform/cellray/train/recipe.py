@@ -140,7 +140,7 @@ class Feed:
     """Most tokens of a global batch."""
     cells: int = 256
     """Most cells of a global batch."""
-    window: int = 64
+    window: int = 16
     """Record batches of 1,024 cells that are mixed with each other."""
 
     def __post_init__(self) -> None:
@@ -173,7 +173,9 @@ class Joint:
     epochs: float = 4.0
     """Passes over the training cells."""
     dropout: float = 0.4
-    """Chance that a present modality is hidden from the encoder; one always stays."""
+    """Chance that a present modality is hidden from the fusion; one always stays."""
+    mask: float = 0.2
+    """Share of the input tokens that is dropped in training."""
     match: float = 0.2
     """Weight of matching pairs against the batch."""
     temperature: float = 0.1
@@ -229,6 +231,8 @@ class Recipe:
     """A single data set, where there is no table."""
     run: str = "runs/run"
     """Folder or URL for everything the run writes."""
+    store: str = ""
+    """Folder or URL of the token store, where runs share one; "" for RUN/store."""
     seed: int = 0
     """Of every random thing."""
     workers: int = 2
@@ -237,10 +241,12 @@ class Recipe:
     """CPU threads of a worker."""
     gpu: bool = False
     """Train on GPUs, one a worker."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the matrix products in training."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the matrix products in training; auto takes bf16 where the hardware multiplies it faster."""
     checkpoint_seconds: float = 30.0
     """Most seconds of work that a kill may cost."""
+    stages: tuple[str, ...] = ("unimodal", "joint", "distil")
+    """Stages to run now; those before them must have finished."""
     modalities: tuple[Modality, ...] = BUILT_IN
     """What may be measured; those without a file are left out."""
     ingest: Ingest = Ingest()
@@ -264,7 +270,7 @@ class Recipe:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
 
 
-LAUNCH = ("run", "workers", "threads", "checkpoint_seconds", "notes")
+LAUNCH = ("run", "store", "workers", "threads", "gpu", "checkpoint_seconds", "stages", "notes")
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 
 

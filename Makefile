@@ -1,0 +1,41 @@
+# Everything runs from .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCHES := $(patsubst tests/bench/%.py,%,$(filter-out tests/bench/__init__.py,$(wildcard tests/bench/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow bench lint clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## install everything into .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cellray needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.11 install" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install ## the whole path on a simulated atlas, about ten minutes
+	$(BIN)/python -m pipelines.demo
+
+test: lint ## lint, types and the fast tests, under ten minutes
+	$(BIN)/python -m pytest
+
+test-slow: install ## the whole fault matrix and the long learning runs
+	$(BIN)/python -m pytest -m slow --timeout 7200
+
+bench: install ## every benchmark in tests/bench
+	@set -e; for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name; done
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what was installed and cached; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,135 @@
+"""python -m pipelines.full RECIPE [key=value …]: from the atlas to an answering endpoint and a report."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cellray import cluster
+from cellray.data import storage
+from cellray.train.progress import Progress
+from cellray.train.recipe import Recipe, fingerprint
+from pipelines import ingest as ingesting
+from pipelines.ask import ask
+from pipelines.command import Options, main
+from pipelines.export import export
+from pipelines.pretrain import pretrain
+from pipelines.score import gather, saved, score, student_facts
+
+
+def run(recipe: Recipe, options: Options) -> None:
+    if options.dry_run:
+        ingesting.run(recipe, options)
+        return
+    began = time.monotonic()
+    with Progress(options.progress) as progress:
+        report = full(recipe, progress)
+    print(summary(recipe, report, time.monotonic() - began))
+
+
+def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """The whole path; what report.json holds. What an earlier, killed run finished is not done again."""
+    from cellray.data.ingest import ingest
+    from cellray.train.run import Run
+
+    run = Run(recipe)
+    with cluster.connect(threads=recipe.threads):
+        run.claim()
+        ingested = ingest(recipe, run.path("store"), ingesting.Steps(progress))
+        pretrain(recipe, progress)
+        scored = gather(run)
+        score(run, scored=scored, progress=Steps(progress))
+        export(run)
+        line = progress.stage("endpoint", 1, unit="model")
+        endpoint = ask(run)
+        line.finish(
+            f"{endpoint['requests']} requests, {endpoint['failed']} failed, p50 {endpoint['p50_ms']} ms"
+        )
+    return write_report(run, scored, ingested, endpoint, progress)
+
+
+class Steps:
+    """Shows what scoring says it is doing: one line that names the step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def __call__(self, text: str) -> None:
+        self.progress.say(f"score        {text}")
+
+
+def write_report(
+    run: Any, scored: Any, ingested: dict[str, Any], endpoint: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """RUN/report.json and RUN/report.html."""
+    from cellray.tasks import figures, page, report
+    from cellray.train import checkpoint
+
+    stages, curves = [], []
+    for name in run.chain():
+        facts = checkpoint.committed(run.path("stages", name)) or {}
+        curves += [{"stage": name, **row} for row in facts.pop("curve")]
+        stages.append(facts)
+    whole = report.assemble(
+        run={
+            "recipe": fingerprint(run.recipe),
+            "store": run.store.hash,
+            "code": code_fingerprint(),
+            "seed": run.recipe.seed,
+        },
+        ingest=ingested,
+        stages=stages,
+        student=student_facts(run),
+        scores=saved(run),
+        endpoint=endpoint,
+    )
+    panels = figures.panels(scored, Steps(progress))
+    html = page.page(whole, metrics=curves, panels=panels, title=run.recipe.run)
+    report.write(run.url, whole, html)
+    return whole
+
+
+def code_fingerprint() -> str:
+    """The commit this runs from, marked where files differ from it; else a hash of the library's files."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    if commit:
+        return commit
+    import cellray
+
+    files = sorted(Path(cellray.__file__).parent.rglob("*.py"))
+    return storage.sha256(b"".join(file.read_bytes() for file in files))
+
+
+def summary(recipe: Recipe, report: dict[str, Any], seconds: float) -> str:
+    """The score table, and where everything is."""
+    from cellray.tasks.report import table
+
+    where = storage.absolute(recipe.run)
+    student = report["student"]
+    return "\n".join(
+        [
+            table(report["scores"]),
+            "",
+            f"student: {student['parameters']:,} parameters, the teacher's RNA path has "
+            f"{student['teacher_parameters']:,}; {student['cells_per_cpu_second']:,.0f} cells a CPU-second",
+            f"endpoint: {json.dumps(report['endpoint'])}",
+            f"report: {storage.join(where, 'report.html')}",
+            f"bundle: {storage.join(where, 'bundle')}",
+            f"{seconds / 60:.1f} minutes",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("All of it: ingest, pretrain, score, export, ask the endpoint, report.", run))

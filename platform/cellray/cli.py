@@ -1,0 +1,396 @@
+"""The `cellray` command: embed, annotate, inspect, validate. The laptop verbs; no Ray needed.
+
+Only the standard library is imported before the arguments are parsed, so that --help is quick.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cellray.data.reading import Source
+    from cellray.embedder import Embedder
+
+SUFFIXES = {
+    "embed": (".h5ad", ".parquet", ".arrow", ".npz"),
+    "annotate": (".h5ad", ".parquet", ".arrow", ".csv"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 where `validate` finds something wrong, 2 for what the user has to change."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cellray", description=(__doc__ or "").partition("\n")[0])
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("embed", embed, "Embeddings of the cells of a file, with how well each cell fits the model."),
+        ("annotate", annotate, "Labels of the cells of a file, with how sure the model is of each."),
+    ):
+        added = verb(name, run, text)
+        added.add_argument(
+            "file", metavar="FILE", help="an .h5ad, .h5mu or AnnData/MuData .zarr; path or URL"
+        )
+        added.add_argument("--bundle", required=True, metavar="URL", help="folder or URL of the model")
+        added.add_argument(
+            "--output", required=True, metavar="OUT", help=f"what to write: {', '.join(SUFFIXES[name])}"
+        )
+        _reading(added)
+        added.add_argument(
+            "--assay", default="", metavar="COLUMN", help="obs column of the assay, or =VALUE for all cells"
+        )
+        added.add_argument(
+            "--chunk", type=_positive, default=2048, metavar="N", help="cells read at a time (2048)"
+        )
+        added.add_argument("--quiet", action="store_true", help="show no progress")
+    shown = verb("inspect", inspect, "What a bundle, a token store or a file of cells holds.")
+    shown.add_argument("path", metavar="BUNDLE|STORE|FILE", help="path or URL")
+    _reading(shown)
+    checked = verb("validate", validate, "Check every hash of a bundle or store, every count of a file.")
+    checked.add_argument("path", metavar="BUNDLE|STORE|FILE", help="path or URL")
+    _reading(checked)
+    return parser
+
+
+def _reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer",
+        default="",
+        metavar="NAME",
+        help="where raw counts are: a layer, or raw for raw.X; default X",
+    )
+    parser.add_argument(
+        "--names", default="", metavar="COLUMN", help="var column of the gene ids; default var_names"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
+    return int(text)
+
+
+def embed(options: argparse.Namespace) -> int:
+    """Write the embeddings of all cells of a file."""
+    _check_suffix(options.output, "embed")
+
+    def answer(model: "Embedder", counts: Any) -> dict[str, "np.ndarray"]:
+        said = model.embed(counts)
+        return {"embedding": said.vectors, "ood": said.ood}
+
+    return _answer("embed", options, answer)
+
+
+def annotate(options: argparse.Namespace) -> int:
+    """Write the labels of all cells of a file."""
+    _check_suffix(options.output, "annotate")
+
+    def answer(model: "Embedder", counts: Any) -> dict[str, "np.ndarray"]:
+        said = model.annotate(counts)
+        return {"label": said.labels, "confidence": said.confidence, "ood": said.ood}
+
+    return _answer("annotate", options, answer)
+
+
+def _answer(
+    name: str,
+    options: argparse.Namespace,
+    answer: Callable[["Embedder", Any], dict[str, "np.ndarray"]],
+) -> int:
+    import time
+
+    import numpy as np
+
+    from cellray import bundle
+    from cellray.data.reading import open_source
+    from cellray.embedder import INPUT, tokens_from
+    from cellray.train.progress import Progress
+
+    model = bundle.load(options.bundle)
+    parts: list[dict[str, np.ndarray]] = []
+    with (
+        open_source(options.file, modality=INPUT, layer=options.layer, names=options.names) as source,
+        Progress("quiet" if options.quiet else "auto") as progress,
+    ):
+        cells = len(source.cell_names)
+        if not cells:
+            raise ValueError(f"{options.file} has no cells")
+        genes, assays = _genes(source, model), _assays(source, options.assay)
+        line = progress.stage(name, cells, unit="cells")
+        started, kept, depth = time.monotonic(), 0.0, 0
+        for start in range(0, cells, options.chunk):
+            stop = min(start + options.chunk, cells)
+            counts, match = tokens_from(
+                model.tokenizer,
+                source.rows(start, stop),
+                genes,
+                assay=assays[start:stop],
+                where=source.where,
+            )
+            parts.append(answer(model, counts) | {"genes": match.genes, "kept": match.kept})
+            kept += match.share * int(counts.total.sum())
+            depth += int(counts.total.sum())
+            line.update(stop, cells_per_second=stop / max(time.monotonic() - started, 1e-9))
+        line.finish()
+        columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        about = {"model": model.hash, **match.summary(), "counts_kept": kept / max(depth, 1)}
+        _write(options.output, source.cell_names, columns, about)
+        progress.say(
+            f"{options.output}: {cells:,} cells, {match.known:,} of {match.sent:,} genes known, "
+            f"{about['counts_kept']:.0%} of the counts kept, {(columns['ood'] > 0.99).mean():.1%} of the "
+            "cells further out than 99 % of the training cells"
+        )
+    return 0
+
+
+def _genes(source: "Source", model: "Embedder") -> list[str]:
+    """The names of the genes by which the model knows most of them: ids, or the file's second names."""
+    from cellray.data.modalities import normalise_names
+    from cellray.embedder import INPUT
+
+    index = model.tokenizer.vocabularies[INPUT].index
+    ids, symbols = source.feature_names.tolist(), source.symbols.tolist()
+
+    def known(names: list[str]) -> int:
+        return sum(name in index for name in normalise_names(names, "gene"))
+
+    return max(ids, symbols, key=known)
+
+
+def _assays(source: "Source", assay: str) -> list[str]:
+    """The assay of each cell, from an obs column or the same for all."""
+    if not assay or assay.startswith("="):
+        return [assay[1:]] * len(source.cell_names)
+    return [str(value) for value in source.obs([assay])[assay]]
+
+
+def _check_suffix(output: str, verb: str) -> None:
+    if PurePosixPath(output).suffix not in SUFFIXES[verb]:
+        raise ValueError(f"--output {output}: its name must end in one of {', '.join(SUFFIXES[verb])}")
+
+
+def _write(output: str, cells: "np.ndarray", columns: dict[str, "np.ndarray"], about: dict[str, Any]) -> None:
+    """The answers at `output`, which holds all of them or is not there."""
+    import io
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from cellray.data import storage
+
+    suffix = PurePosixPath(output).suffix
+    sink = io.BytesIO()
+    if suffix == ".h5ad":
+        storage.write_bytes(output, _h5ad(cells, columns, about))
+        return
+    if suffix == ".npz":
+        arrays: dict[str, Any] = {"cell_id": cells.astype(str), **columns}
+        np.savez(sink, **arrays)
+    elif suffix == ".csv":
+        import pandas as pd
+
+        pd.DataFrame({"cell_id": cells, **columns}).to_csv(sink, index=False)
+    else:
+        import json
+
+        table = pa.table(
+            {"cell_id": pa.array(cells.astype(str)), **{k: _column(v) for k, v in columns.items()}}
+        )
+        table = table.replace_schema_metadata({"cellray": json.dumps(about)})
+        if suffix == ".parquet":
+            pq.write_table(table, sink)
+        else:
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+    storage.write_bytes(output, sink.getvalue())
+
+
+def _column(values: "np.ndarray") -> Any:
+    import pyarrow as pa
+
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _h5ad(cells: "np.ndarray", columns: dict[str, "np.ndarray"], about: dict[str, Any]) -> bytes:
+    """An AnnData without counts: obs columns, and embeddings in obsm["X_cellray"]."""
+    import tempfile
+    from pathlib import Path
+
+    import anndata as ad
+    import pandas as pd
+
+    from cellray.client import PREFIX
+
+    obs = pd.DataFrame(index=pd.Index(cells.astype(str)))
+    for name, values in columns.items():
+        if values.ndim == 1:
+            obs[PREFIX + name] = pd.Categorical(values) if values.dtype.kind == "U" else values
+    adata = ad.AnnData(obs=obs, uns={"cellray": about})
+    if "embedding" in columns:
+        adata.obsm["X_cellray"] = columns["embedding"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "answers.h5ad"
+        adata.write_h5ad(path)
+        return path.read_bytes()
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print what is at a path."""
+    look = {"bundle": _inspect_bundle, "store": _inspect_store, "file": _inspect_file}
+    for key, value in look[_kind(options.path)](options).items():
+        print(f"{key:<12} {value}")
+    return 0
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Check all of what is at a path; 1, and the reason, where it is not whole."""
+    check = {"bundle": _validate_bundle, "store": _validate_store, "file": _validate_file}
+    kind = _kind(options.path)
+    try:
+        print(f"ok: {kind} {options.path}: {check[kind](options)}")
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _kind(path: str) -> str:
+    """What stands at `path`: "bundle", "store" or "file". ValueError for a folder of no known kind."""
+    from cellray.data import storage
+
+    fs, inner = storage.locate(path)
+    if not fs.exists(inner):
+        raise ValueError(f"{path} does not exist")
+    for name, kind in (("manifest.json", "bundle"), ("store.json", "store")):
+        if storage.exists(storage.join(path, name)):
+            return kind
+    if fs.isdir(inner) and not any(
+        storage.exists(storage.join(path, name)) for name in (".zgroup", "zarr.json", ".zattrs")
+    ):
+        raise ValueError(
+            f"{path} is a folder without manifest.json (a bundle), store.json (a token store) or zarr.json "
+            "(AnnData): it is something else, or was not written to the end"
+        )
+    return "file"
+
+
+def _inspect_bundle(options: argparse.Namespace) -> dict[str, Any]:
+    from cellray import bundle
+
+    model = bundle.load(options.path)
+    parameters = sum(p.numel() for p in model.student.parameters())
+    size = sum(len(data) for data in bundle.verified(options.path)[0].values())
+    sizes = {name: f"{len(v):,} {name} features" for name, v in model.tokenizer.vocabularies.items()}
+    shown = {
+        "bundle": options.path,
+        "sha256": model.hash,
+        "tokenizer": model.tokenizer.hash,
+        "size": f"{size / 1e6:,.1f} MB, {parameters:,} parameters",
+        "embedding": f"{model.width} numbers",
+        "vocabulary": ", ".join(sizes.values()),
+        "labels": ", ".join(model.classes) or "none",
+        "donors": ", ".join(map(str, model.about.get("donors", []))) or "none named",
+    }
+    for row in model.about.get("datasets", []):
+        shown[f"data {row.get('name', '')}"] = ", ".join(f"{k} {v}" for k, v in row.items() if k != "name")
+    for row in model.about.get("scores", []):
+        named = [str(row.get(k, "")) for k in ("task", "dataset", "metric", "model")]
+        shown["score " + " ".join(part for part in named if part)] = (
+            f"{row.get('value')} {row.get('verdict') or ''}"
+        )
+    return shown
+
+
+def _inspect_store(options: argparse.Namespace) -> dict[str, Any]:
+    from cellray.data.store import Store
+
+    store = Store(options.path)
+    vocabularies = store.tokenizer.vocabularies
+    cells = store.cells
+    shown = {
+        "store": options.path,
+        "sha256": store.hash,
+        "tokenizer": store.tokenizer.hash,
+        "cells": f"{len(store):,} in {len(store.shards):,} shards",
+        "size": f"{sum(shard.bytes for shard in store.shards) / 1e6:,.1f} MB",
+    }
+    for bit, (name, vocabulary) in enumerate(vocabularies.items()):
+        present = (cells["present"].to_numpy() >> bit & 1).sum()
+        tokens = cells[f"{name}.length"].to_numpy().sum()
+        shown[name] = f"{len(vocabulary):,} features, {present:,} cells, {tokens:,} tokens"
+    for column in ("dataset", "donor", "assay", "species", "label"):
+        found = sorted(set(cells[column].to_pylist()) - {""})
+        shown[column] = f"{len(found):,}: " + ", ".join(found[:8]) if found else "none"
+    return shown
+
+
+def _inspect_file(options: argparse.Namespace) -> dict[str, Any]:
+    from cellray.data.reading import open_source
+    from cellray.embedder import INPUT
+
+    with open_source(options.path, modality=INPUT, layer=options.layer, names=options.names) as source:
+        shown = {
+            "file": options.path,
+            "cells": f"{len(source.cell_names):,}, such as {', '.join(source.cell_names[:3])}",
+            "genes": f"{len(source.feature_names):,}, such as {', '.join(source.feature_names[:3])}",
+            "obs": ", ".join(source.obs_columns) or "no columns",
+        }
+        try:
+            source.rows(0, min(1000, len(source.cell_names)))
+            shown["counts"] = f"{source.where.removeprefix(options.path + ': ')} holds raw counts"
+        except ValueError as error:
+            shown["counts"] = str(error).removeprefix(options.path + ": ")
+    return shown
+
+
+def _validate_bundle(options: argparse.Namespace) -> str:
+    from cellray import bundle
+
+    return f"every hash and the golden cells are right, sha256 {bundle.load(options.path).hash}"
+
+
+def _validate_store(options: argparse.Namespace) -> str:
+    from cellray.data.store import Store
+
+    store = Store(options.path)
+    batches = len(store.starts) - 1
+    cells = sum(len(store.batch(number).rows) for number in range(batches))
+    return f"every hash is right, {cells:,} cells of tokenizer {store.tokenizer.hash[:12]}"
+
+
+def _validate_file(options: argparse.Namespace) -> str:
+    from cellray.data.reading import open_source
+    from cellray.embedder import INPUT
+
+    with open_source(options.path, modality=INPUT, layer=options.layer, names=options.names) as source:
+        cells = len(source.cell_names)
+        total = sum(
+            int(source.rows(start, min(start + 2048, cells)).sum()) for start in range(0, cells, 2048)
+        )
+    return f"{cells:,} cells with {total:,} counts, all of them raw"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Connect to Ray safely, and take this code along.
+
+Ray's control plane runs whatever it is sent, so whoever reaches it owns the machine. A cluster started
+here listens on the loopback address alone; one at an address is spoken to with a token or not at all.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cellray
+
+APPLICATIONS = ("pipelines", "tune", "serve")
+"""Packages beside the library that workers need too, where they can be imported."""
+
+LOCAL = {
+    # Named for other systems, yet on every system the only switch that makes Ray listen on 127.0.0.1 alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def prepare(address: str | None = None) -> None:
+    """Set the environment that `connect` needs. Ray reads it once, when it is first imported.
+
+    `connect` does it too; call this first where something imports Ray before `connect` is called.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if _remote(address):
+        return
+    if "ray" in sys.modules and any(os.environ.get(name) != value for name, value in LOCAL.items()):
+        raise RuntimeError(
+            "Ray was imported before cellray.cluster.prepare() was called, so it would listen on every "
+            "network interface. Call cellray.cluster.prepare() first, then import ray."
+        )
+    os.environ.update(LOCAL)
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")  # half the time of a start
+    if not _has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def connect(
+    address: str | None = None,
+    *,
+    cpus: int | None = None,
+    threads: int = 1,
+    object_store_bytes: int = 512 << 20,
+    worker_output: bool = False,
+) -> Iterator[None]:
+    """Ray for the body of a `with`; inside another `connect`, the same one.
+
+    Without an address (nor `RAY_ADDRESS`), or with "local", a cluster is started on this machine, reached
+    from this machine only, and ended with all its files. It has `cpus` logical CPUs; by default as many
+    as there are, at least 4, so that two training workers and what drives them fit on two cores.
+
+    Else an address is `host:port` of a cluster's head; `RAY_AUTH_MODE=token` and a token are demanded.
+
+    Workers get this library and the application folders beside it, whatever is installed where they run,
+    and `threads` CPU threads for each process unless a task sets its own.
+
+    ValueError for an address without a token, of another form, or where nothing answers.
+    """
+    remote = _remote(address)
+    if remote:
+        _check(remote)
+    prepare(address)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | QUIET
+    runtime_env: dict[str, Any] = {"py_modules": [str(folder) for folder in packages()], "env_vars": env}
+    folder = None if remote else tempfile.mkdtemp(prefix="cellray-", dir=_short_folder())
+    try:
+        if folder is None:
+            _join(remote, runtime_env, worker_output)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cpus or max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                log_to_driver=worker_output,
+                logging_level=logging.ERROR,
+                runtime_env=runtime_env,
+                _temp_dir=folder,
+            )
+        yield
+    finally:
+        ray.shutdown(wait_for_processes=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def packages() -> list[Path]:
+    """Folders of the packages that workers are sent: the library, and the applications found here."""
+    specs = [importlib.util.find_spec(name) for name in APPLICATIONS]
+    origins = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
+    return [Path(origin).parent for origin in [cellray.__file__, *origins]]
+
+
+def _remote(address: str | None) -> str:
+    """host:port of the cluster to join, "" where one is to be started here."""
+    named = address or os.environ.get("RAY_ADDRESS", "")
+    return "" if named == "local" else named
+
+
+def _join(address: str, runtime_env: dict[str, Any], worker_output: bool) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=worker_output,
+            logging_level=logging.ERROR,
+            runtime_env=runtime_env,
+        )
+    except ConnectionError as error:
+        # Ray says the same of a wrong token as of a cluster that is gone.
+        raise ValueError(
+            f"Ray at {address} answers but lets nobody in: its token may be another than the one in "
+            "RAY_AUTH_TOKEN here, or it may be no Ray head (the port is 6379 by default)."
+        ) from error
+
+
+def _check(address: str) -> None:
+    """ValueError unless `address` is one that may be connected to, and something listens there."""
+    match = re.fullmatch(r"([^/\s]+):(\d+)", address)
+    if not match:
+        raise ValueError(
+            f"Ray address {address!r} is not host:port. Name the head of the cluster, as in 10.0.0.5:6379; "
+            "from outside of the cluster submit the command as a job (`ray job submit`, or a RayJob)."
+        )
+    if os.environ.get("RAY_AUTH_MODE") != "token" or not _has_token():
+        raise ValueError(
+            f"Ray at {address} would be spoken to without a token, and an open Ray runs anybody's code. "
+            "Start it with RAY_AUTH_MODE=token, then set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too."
+        )
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"nothing answers at Ray address {address} ({error}). Is the cluster up, and this its head?"
+        ) from None
+
+
+def _has_token() -> bool:
+    """Whether Ray will find a token: in the environment, else in a file."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return (Path(named) if named else Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _short_folder() -> str | None:
+    """Where Ray's sockets may live: their paths may have 107 bytes, and Ray's own part takes 80."""
+    return None if len(tempfile.gettempdir()) <= 12 else "/tmp"

@@ -1,0 +1,306 @@
+"""Cells in, embeddings out: the student with its tokenizer and heads. Needs no Ray.
+
+A cell gets the same bits alone, in any batch and at any place in it: the network always runs on
+CHUNK cells at a time (the last ones empty) and on one thread, so every sum is made in one order.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from cellray.data.counts import check_counts
+from cellray.data.features import merge_columns
+from cellray.data.modalities import normalise_names, scaled
+from cellray.data.tokens import Counts, Tokenizer, Vocabulary
+from cellray.heads import Head, Reference, fit_head, fit_reference
+from cellray.model.student import Student
+
+CHUNK = 64
+"""Cells the network runs on at a time, always."""
+INPUT = "rna"
+"""The modality a student reads."""
+FEWEST = 5
+"""Known genes a sender must name, at the least."""
+OVERLAP = 0.1
+"""Known genes a sender must name, as a share of the shorter of the two lists of genes."""
+
+Answer = Callable[[Tensor], tuple[np.ndarray, ...]]
+"""From embeddings [CHUNK, width] to arrays of CHUNK items each."""
+
+_one_at_a_time = threading.Lock()
+
+
+class UnknownGenes(ValueError):
+    """Too few of the sender's genes are in the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well a sender's features fit the vocabulary."""
+
+    sent: int
+    """Features the sender named."""
+    known: int
+    """Those of them that the vocabulary has."""
+    unknown: tuple[str, ...]
+    """The first ten it has not."""
+    genes: np.ndarray
+    """Known features counted in each cell, int32 [cells]."""
+    kept: np.ndarray
+    """Share of each cell's counts on known features, float32 [cells]; 0 for an empty cell."""
+    share: float
+    """Share of all counts on known features."""
+
+    def summary(self) -> dict[str, Any]:
+        """The facts about all cells together, as plain JSON values."""
+        return {
+            "genes_sent": self.sent,
+            "genes_known": self.known,
+            "genes_unknown": self.sent - self.known,
+            "first_unknown": list(self.unknown),
+            "counts_kept": self.share,
+        }
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Where cells lie."""
+
+    vectors: np.ndarray
+    """Joint embeddings, float32 [cells, width]."""
+    ood: np.ndarray
+    """Share of the training cells that are less unusual, float32 [cells]; 1 for cells without known genes."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What cells are."""
+
+    labels: np.ndarray
+    """Most probable label, str [cells]; "" for a cell without known genes."""
+    confidence: np.ndarray
+    """Its probability, float32 [cells]."""
+    probabilities: np.ndarray
+    """Of every class of the model, float32 [cells, classes]."""
+    ood: np.ndarray
+    """As in `Embeddings`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedder:
+    """A student ready to answer, and frozen. `bundle.load` makes one of files, `bundle.write` the files."""
+
+    student: Student
+    tokenizer: Tokenizer
+    reference: Reference
+    head: Head | None = None
+    """None where no labels were known in training."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What it was made from and how it scored, plain JSON values; see `bundle.card`."""
+    hash: str = ""
+    """sha256 of the bundle's manifest; "" before it is written."""
+
+    def __post_init__(self) -> None:
+        self.student.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Numbers in an embedding."""
+        return self.reference.whiten.shape[0]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels it can give, in the order of `Annotations.probabilities`."""
+        return self.head.classes if self.head else ()
+
+    def embed(self, counts: Counts) -> Embeddings:
+        """Embeddings of cells given by their RNA tokens."""
+        vectors, ood = self._run(counts, lambda x: (x.numpy(), self.reference.score(x)))
+        ood[counts.lengths == 0] = 1
+        return Embeddings(vectors, ood)
+
+    def annotate(self, counts: Counts) -> Annotations:
+        """Labels of cells given by their RNA tokens. ValueError if the model was trained without labels."""
+        head = self.head
+        if head is None:
+            raise ValueError(
+                "this model gives no labels: its training cells had none. Use `embed`, or export a model "
+                "from an atlas that names a label column."
+            )
+        probabilities, ood = self._run(
+            counts, lambda x: (head.probabilities(x).float().numpy(), self.reference.score(x))
+        )
+        empty = counts.lengths == 0
+        best = probabilities.argmax(axis=1)
+        labels = np.where(empty, "", np.asarray(head.classes, dtype=str)[best])
+        confidence = np.where(empty, np.float32(0), probabilities[np.arange(len(best)), best])
+        ood[empty] = 1
+        return Annotations(labels, confidence, probabilities, ood)
+
+    def translate(self, counts: Counts, modality: str) -> np.ndarray:
+        """Every feature of `modality` as RNA tokens suggest it, float32 [cells, features].
+
+        Expected counts, or for a Bernoulli modality the probability that the feature is counted,
+        at the depth the model predicts for the cell.
+        """
+        if modality not in self.tokenizer.vocabularies:
+            raise ValueError(f"this model knows {', '.join(self.tokenizer.vocabularies)}, not {modality!r}")
+        bernoulli = self.tokenizer.vocabularies[modality].modality.likelihood == "bernoulli"
+
+        def answer(x: Tensor) -> tuple[np.ndarray, ...]:
+            said = self.student.decode(x, modality)
+            return ((torch.sigmoid(said) if bernoulli else torch.exp(said.clamp(max=15))).numpy(),)
+
+        return self._run(counts, answer)[0]
+
+    @classmethod
+    def fit(
+        cls,
+        student: Student,
+        tokenizer: Tokenizer,
+        counts: Counts,
+        labels: Sequence[str] | np.ndarray,
+        *,
+        about: Mapping[str, Any],
+    ) -> "Embedder":
+        """A trained student with a label head and a reference, fitted on training cells.
+
+        `counts` are their RNA tokens; `labels` [cells], "" where unknown. The same cells in the same
+        order always give the same embedder.
+        """
+        student.eval()
+        found = vectors(student, tokenizer, counts)
+        return cls(student, tokenizer, fit_reference(found), fit_head(found, labels), about)
+
+    def _run(self, counts: Counts, answer: Answer) -> list[np.ndarray]:
+        return _run(self.student, self.tokenizer, counts, answer)
+
+
+def vectors(student: Student, tokenizer: Tokenizer, counts: Counts) -> np.ndarray:
+    """Embeddings float32 [cells, width] of cells given by their RNA tokens, for a student without heads.
+
+    The same bits as `Embedder.embed`. The student is to be in eval mode.
+    """
+    return _run(student, tokenizer, counts, lambda x: (x.numpy(),))[0]
+
+
+def _run(student: Student, tokenizer: Tokenizer, counts: Counts, answer: Answer) -> list[np.ndarray]:
+    """What `answer` makes of the embeddings, [CHUNK, width] at a time, for all cells."""
+    scale = tokenizer.vocabularies[INPUT].modality.scale
+    parts = []
+    for first in range(0, max(len(counts), 1), CHUNK):
+        rows = np.arange(first, min(first + CHUNK, len(counts)))
+        with _exact():
+            whole = answer(_embed_chunk(student, counts.take(rows), scale))
+        parts.append([array[: len(rows)] for array in whole])
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _embed_chunk(student: Student, part: Counts, scale: str) -> Tensor:
+    """Embeddings of at most CHUNK cells, [CHUNK, width]: those missing are empty cells."""
+    total = np.zeros(CHUNK, np.int64)
+    total[: len(part)] = part.total
+    starts = np.full(CHUNK, part.offsets[-1])
+    starts[: len(part)] = part.offsets[:-1]
+    said = student(
+        torch.from_numpy(part.ids.astype(np.int64)),
+        torch.from_numpy(scaled(part.counts, np.repeat(part.total, part.lengths), scale)),
+        torch.from_numpy(starts),
+        torch.from_numpy(np.log1p(total).astype(np.float32)),
+    )
+    embedding: Tensor = said.embedding
+    return embedding
+
+
+def tokens_from(
+    tokenizer: Tokenizer,
+    matrix: sp.spmatrix | np.ndarray,
+    names: Sequence[str],
+    *,
+    total: np.ndarray | None = None,
+    assay: str | Sequence[str] = "",
+    where: str = "the counts",
+) -> tuple[Counts, Match]:
+    """RNA tokens of the cells of `matrix` [cells, genes], raw counts, and how well its genes fit.
+
+    `names` are the genes: Ensembl ids (a version is ignored) or symbols; of genes that are named
+    twice the counts are summed. `total` is each cell's depth over all genes, int64 [cells], where
+    genes were left out of `matrix`. `assay`, one for all or one a cell, picks the statistics that
+    ranks are made with; one never seen in training takes those of all assays together.
+
+    ValueError where `matrix` does not hold raw counts (`where` names it), UnknownGenes where fewer
+    than FEWEST of the genes are known, or fewer than OVERLAP of the shorter of the two lists.
+    """
+    counts = sp.csr_matrix(matrix)
+    if counts.shape[1] != len(names):
+        raise ValueError(f"{where}: {counts.shape[1]:,} columns of counts, but {len(names):,} gene names")
+    check_counts(counts.data, where)
+    vocabulary = tokenizer.vocabularies[INPUT]
+    places = _places(names, vocabulary)
+    known = int((places >= 0).sum())
+    unknown = tuple(names[i] for i in np.flatnonzero(places < 0)[:10])
+    if known < max(FEWEST, OVERLAP * min(len(names), len(vocabulary))):
+        raise UnknownGenes(
+            f"{where}: {known:,} of {len(names):,} genes are among the {len(vocabulary):,} this model knows, "
+            f"too few for an answer. Unknown are {', '.join(unknown)}; the model's look like "
+            f"{', '.join(vocabulary.ids[:3])}. Check the species, and which column holds the gene ids."
+        )
+    sums = _row_sums(counts)
+    depth = sums if total is None else np.asarray(total, np.int64)
+    if len(depth) != len(sums):
+        raise ValueError(f"{where}: totals of {len(depth):,} cells, but counts of {len(sums):,}")
+    if (short := np.flatnonzero(depth < sums)).size:
+        cell = short[0]
+        raise ValueError(
+            f"{where}: the total of cell {cell} is {depth[cell]:,}, but its counts add up to {sums[cell]:,}"
+        )
+    inside = merge_columns(counts.astype(np.int64), places, len(vocabulary))
+    check_counts(inside.data, where)
+    kept = _row_sums(inside)
+    assays = [assay] * counts.shape[0] if isinstance(assay, str) else list(assay)
+    tokens = tokenizer.rank(INPUT, inside, depth, assays)
+    match = Match(
+        sent=len(names),
+        known=known,
+        unknown=unknown,
+        genes=tokens.lengths.astype(np.int32),
+        kept=(kept / np.maximum(depth, 1)).astype(np.float32),
+        share=float(kept.sum() / max(depth.sum(dtype=np.float64), 1.0)),
+    )
+    return tokens, match
+
+
+def _places(names: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
+    """Index of each name in the vocabulary, as it is or else in the usual spelling; -1 if unknown. int64."""
+    index = vocabulary.index
+    places = np.fromiter((index.get(name, -1) for name in names), np.int64, len(names))
+    rest = np.flatnonzero(places < 0).tolist()
+    spelt = normalise_names([names[i] for i in rest], vocabulary.modality.features)
+    places[rest] = [index.get(name, -1) for name in spelt]
+    return places
+
+
+def _row_sums(counts: sp.csr_matrix) -> np.ndarray:
+    """Sum of each row, int64 [rows], exact."""
+    ends = np.concatenate([[0], np.cumsum(counts.data.astype(np.int64))])[counts.indptr]
+    return np.diff(ends)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Run torch on one thread without gradients; whoever else runs it waits. Threads are given back after."""
+    with _one_at_a_time:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,99 @@
+"""Counts from a cell vector, asked for by feature id, and how likely the true counts are under them."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellray.data.tokens import POOLED, Vocabulary
+
+
+class Decoder(nn.Module):
+    """Log rates (negative binomial) or logits (Bernoulli) of any features of one modality.
+
+    A feature is a vector and a bias; a cell vector passes a small MLP and meets them in a dot
+    product, so the cost is that of the features asked for. Depth is an offset: at training the
+    cell's own, at prediction the one that the cell vector suggests.
+    """
+
+    reference: Tensor
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(width, width)
+        self.leave = nn.Linear(width, width)
+        self.feature = nn.Embedding(features, width)
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.dispersion = nn.Parameter(torch.ones(features))
+        self.slope = nn.Parameter(torch.ones(()))
+        self.depth = nn.Linear(width, 1)
+        self.register_buffer("reference", torch.zeros(()))
+        nn.init.normal_(self.feature.weight, std=0.02)
+        nn.init.zeros_(self.depth.weight)
+        nn.init.zeros_(self.depth.bias)
+
+    @torch.no_grad()
+    def start(self, vocabulary: Vocabulary) -> None:
+        """Begin at the mean profile of the frozen statistics, so that training learns departures from it."""
+        cells = max(1, vocabulary.cells[POOLED])
+        sums = torch.from_numpy(vocabulary.sums[POOLED]).double()
+        self.reference.fill_(vocabulary.log_depth)
+        if vocabulary.modality.likelihood == "bernoulli":
+            share = torch.from_numpy(vocabulary.nonzero[POOLED]).double() / cells
+            self.bias.copy_(torch.logit(share.clamp(1e-5, 1 - 1e-5)))
+        else:
+            self.bias.copy_(torch.log((sums / cells).clamp_min(1e-5)))
+
+    @torch.no_grad()
+    def inherit(self, other: "Decoder", mean: np.ndarray, spread: float) -> None:
+        """Take over what `other` learnt, for cell vectors that are (its vector - mean) / spread."""
+        self.load_state_dict(other.state_dict())
+        for linear in (self.enter, self.depth):
+            linear.bias += linear.weight @ torch.from_numpy(mean).to(linear.weight)
+            linear.weight *= spread
+
+    def forward(self, cell: Tensor, ids: Tensor | None = None, log_depth: Tensor | None = None) -> Tensor:
+        """Log rates or logits [cells, features asked for]; all features where `ids` is None.
+
+        `log_depth` [cells] is log(1 + total) where it is known; without it the predicted depth is used.
+        """
+        feature: Tensor = self.feature.weight
+        bias: Tensor = self.bias
+        if ids is not None:
+            feature, bias = feature[ids], bias[ids]
+        if log_depth is None:
+            log_depth = self.log_depth(cell)
+        offset = self.slope * (log_depth - self.reference)
+        return F.linear(self.leave(F.gelu(self.enter(cell))), feature, bias) + offset[:, None]
+
+    def log_depth(self, cell: Tensor) -> Tensor:
+        """Predicted log(1 + total) of each cell, [cells]."""
+        return self.reference + self.depth(cell).squeeze(1)
+
+    def negative_log_likelihood(
+        self, cell: Tensor, counts: Tensor, log_depth: Tensor, likelihood: str, ids: Tensor | None = None
+    ) -> Tensor:
+        """Sum over cells and asked features, plus the squared error of the predicted depth. Scalar.
+
+        `counts` [cells, asked features] are raw. Constants of the counts alone are left out.
+        The depth head learns from a detached vector, so depth does not shape the embedding
+        beyond what the counts themselves say.
+        """
+        predicted = self(cell, ids, log_depth).float()
+        if likelihood == "bernoulli":
+            fit = F.binary_cross_entropy_with_logits(predicted, (counts > 0).float(), reduction="sum")
+        else:
+            shape = F.softplus(self.dispersion if ids is None else self.dispersion[ids]) + 1e-4
+            fit = _negative_binomial(counts, predicted.clamp(max=15.0), shape).sum()
+        return fit + (self.log_depth(cell.detach()) - log_depth).square().sum()
+
+
+def _negative_binomial(counts: Tensor, log_rate: Tensor, shape: Tensor) -> Tensor:
+    """-log NB(counts; mean exp(log_rate), inverse dispersion `shape`), without the log(counts!) term."""
+    log_total = torch.logaddexp(log_rate, shape.log())
+    return (
+        torch.lgamma(shape)
+        - torch.lgamma(counts + shape)
+        + shape * (log_total - shape.log())
+        + counts * (log_total - log_rate)
+    )

@@ -1,0 +1,168 @@
+"""RNA to another modality, on held-out cells that were measured in both."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from cellray.data.modalities import Modality
+from cellray.tasks import baselines, metrics, networks
+from cellray.tasks.inputs import Cohort
+from cellray.tasks.rows import Kind, Result, Row, averaged, refused, rows
+
+DETECTION = ("AUROC", "AUROC, depth-adjusted", "AUROC per cell")
+VALUES = ("Pearson", "Pearson within label")
+FITTED = ("ridge on PCA", "kNN on PCA", "MLP")
+POSITIVES = 10
+"""Held-out cells with and without a peak that its AUROC needs."""
+
+
+def task_name(modality: Modality) -> str:
+    return f"RNA to {modality.name}"
+
+
+def baseline_names(modality: Modality) -> tuple[str, ...]:
+    """The models that a score of this task is never shown without."""
+    alone = ("RNA depth alone",) if modality.likelihood == "bernoulli" else ()
+    return ("mean of training cells", *alone, *FITTED, "random weights")
+
+
+def metric_names(modality: Modality) -> tuple[str, ...]:
+    return DETECTION if modality.likelihood == "bernoulli" else VALUES
+
+
+def not_run(dataset: str, modality: Modality, reason: str) -> list[Row]:
+    """Rows that say why this task was not run on `dataset`."""
+    results = [refused("student", "ours", reason)]
+    results += [refused(model, "baseline", reason) for model in baseline_names(modality)]
+    return rows(task_name(modality), dataset, "", metric_names(modality), results)
+
+
+def translation(cohort: Cohort, modality: Modality, most: int, progress: Callable[[str], None]) -> list[Row]:
+    """Rows of the student's decoder and the baselines, on the `most` commonest features.
+
+    Peaks: is a peak counted in a cell, by area under the ROC curve over cells, also among cells
+    of like ATAC depth only, and over the peaks of a cell. Others: centred log ratios by Pearson
+    correlation over cells, also within labels. The student and its copy with random weights are
+    one fit each; the baselines are the mean over the draws.
+    """
+    features = _features(cohort, modality, most)
+    name = task_name(modality)
+    if not len(features):
+        return not_run(cohort.dataset, modality, "no feature is counted in enough held-out cells")
+    judge = _detection if modality.likelihood == "bernoulli" else _values
+    results = judge(cohort, modality, features, lambda text: progress(f"{name} of {cohort.dataset}: {text}"))
+    split = f"{cohort.split}; {len(features):,} features"
+    return rows(name, cohort.dataset, split, metric_names(modality), results)
+
+
+def _features(cohort: Cohort, modality: Modality, most: int) -> np.ndarray:
+    """The commonest features of the training cells that vary among the held-out ones, in id order."""
+    counts = cohort.scored.counts[modality.name].tocsr()
+    common = np.asarray((counts[cohort.train] > 0).sum(axis=0)).ravel()
+    chosen = np.sort(np.argsort(-common, kind="stable")[:most])
+    seen = np.asarray((counts[cohort.test] > 0).sum(axis=0)).ravel()
+    if modality.likelihood == "bernoulli":
+        return chosen[(seen[chosen] >= POSITIVES) & (seen[chosen] <= len(cohort.test) - POSITIVES)]
+    return chosen[common[chosen] > 0]
+
+
+def _detection(
+    cohort: Cohort, modality: Modality, features: np.ndarray, progress: Callable[[str], None]
+) -> list[Result]:
+    counts = cohort.scored.counts[modality.name].tocsr()
+    known = (counts[cohort.train][:, features] > 0).toarray().astype(np.float32)
+    positive = (counts[cohort.test][:, features] > 0).toarray()
+    depth = metrics.depth_bins(cohort.scored.totals[modality.name][cohort.test])
+    judge = _Areas(positive, depth, cohort.weights)
+    results = [
+        judge.result("student", "ours", [_predicted(cohort, modality, features, "student")]),
+        judge.result("random weights", "baseline", [_predicted(cohort, modality, features, "random")]),
+        judge.result("RNA depth alone", "baseline", [np.log1p(cohort.depth[1])[:, None]]),
+    ]
+    for name in ("mean of training cells", *FITTED):
+        progress(name)
+        fits = (_fitted(cohort, known, name, "detection", seed) for seed in range(len(cohort.draws)))
+        results.append(judge.result(name, "baseline", fits))
+    return results
+
+
+def _values(
+    cohort: Cohort, modality: Modality, features: np.ndarray, progress: Callable[[str], None]
+) -> list[Result]:
+    counts = cohort.scored.counts[modality.name].tocsr()
+    train, test = (
+        metrics.centred_log_ratio(np.log1p(counts[rows][:, features].toarray().astype(np.float32)))
+        for rows in (cohort.train, cohort.test)
+    )
+    labels = cohort.labels[1]
+    if (labels < 0).all():
+        labels = np.zeros_like(labels)
+
+    def judged(guess: np.ndarray) -> dict[str, np.ndarray]:
+        found = {"Pearson": metrics.pearson(guess, test, cohort.weights)}
+        if cohort.labels[2]:
+            found["Pearson within label"] = metrics.pearson(guess, test, cohort.weights, labels)
+        return found
+
+    results = []
+    for model, name in (("student", "student"), ("random weights", "random")):
+        counted = np.exp(np.minimum(_predicted(cohort, modality, features, name), 20))
+        kind: Kind = "ours" if name == "student" else "baseline"
+        results.append(averaged(model, kind, [judged(metrics.centred_log_ratio(np.log1p(counted)))]))
+    for name in ("mean of training cells", *FITTED):
+        progress(name)
+        fits = [judged(_fitted(cohort, train, name, "value", seed)) for seed in range(len(cohort.draws))]
+        results.append(averaged(name, "baseline", fits))
+    return results
+
+
+def _predicted(cohort: Cohort, modality: Modality, features: np.ndarray, model: str) -> np.ndarray:
+    guess = cohort.scored.translate[model](modality.name, cohort.test, features)
+    assert guess.shape == (len(cohort.test), len(features)), guess.shape
+    return np.asarray(guess, np.float32)
+
+
+def _fitted(cohort: Cohort, known: np.ndarray, name: str, loss: str, seed: int) -> np.ndarray:
+    """Predictions [held-out cells, features] of a baseline that learnt `known` of the training cells."""
+    draw = cohort.draws[seed]
+    train, test = cohort.components
+    if name == "mean of training cells":
+        return np.tile(known[draw].mean(axis=0), (len(test), 1))
+    if name == "ridge on PCA":
+        return baselines.ridge(train[draw], known[draw], test)
+    if name == "kNN on PCA":
+        own = known[draw]
+        near = baselines.neighbours(train[draw], test)
+        return np.asarray(sum(own[near[:, k]] for k in range(near.shape[1])) / near.shape[1])
+    depth = [np.log1p(total).astype(np.float32)[:, None] for total in cohort.depth]
+    inputs, asked = np.hstack([train, depth[0]]), np.hstack([test, depth[1]])
+    return networks.mlp(inputs, known, draw, asked, outputs=known.shape[1], loss=loss, seed=seed)
+
+
+class _Areas:
+    """Areas under the ROC curve against the detections of the held-out cells."""
+
+    def __init__(self, positive: np.ndarray, depth: np.ndarray, weights: np.ndarray) -> None:
+        self.positive, self.depth, self.weights = positive, depth, weights
+        self.together = np.zeros(len(positive), np.int64)
+        self.made = [metrics.trials(positive, bins) for bins in (self.together, depth)]
+
+    def result(self, model: str, kind: Kind, fits: Iterable[np.ndarray]) -> Result:
+        """Ranks every fit, averages over the fits, and resamples once."""
+        right = [np.zeros(self.positive.shape, np.float32) for _ in self.made]
+        cells = np.zeros(len(self.positive))
+        seeds = 0
+        for fit in fits:
+            scores = np.broadcast_to(np.asarray(fit, np.float32), self.positive.shape)
+            for sum_, bins in zip(right, (self.together, self.depth), strict=True):
+                sum_ += metrics.wins(scores, self.positive, bins)
+            cells += metrics.auroc_of_cells(scores, self.positive)
+            seeds += 1
+        plain, adjusted = (
+            metrics.auroc(sum_ / seeds, made, self.positive, self.weights)
+            for sum_, made in zip(right, self.made, strict=True)
+        )
+        able = np.isfinite(cells)
+        values = {DETECTION[0]: plain, DETECTION[1]: adjusted}
+        values[DETECTION[2]] = metrics.mean(cells[able] / seeds, self.weights[:, able])
+        return Result(model, kind, values, seeds)

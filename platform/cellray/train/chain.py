@@ -1,0 +1,118 @@
+"""The chain of stages that every worker runs, each from what the one before it came to. No Ray."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from cellray.data import storage
+from cellray.model.teacher import Teacher
+from cellray.train import checkpoint, workers
+from cellray.train.fit import Emit, plan_of, run_stage
+from cellray.train.run import KINDS, Run
+from cellray.train.stages import Control, Distil, Joint, Stage, Unimodal, View
+from cellray.train.targets import TeacherVectors, encode_table, read_table, teacher_table
+
+
+def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
+    """Every stage the recipe asks for, in order; finished ones are loaded, not repeated."""
+    recipe, store, train = run.recipe, run.store, ~run.test
+    wanted = [kind for kind in KINDS if kind in recipe.stages]
+    teacher = run.teacher().to(device)
+    origin = store.hash
+    for modality in store.tokenizer.vocabularies:
+        unimodal = Unimodal(
+            recipe.unimodal, teacher, store.tokenizer, modality, seed=recipe.seed, device=device
+        )
+        origin = _stage(unimodal, teacher, run, origin, train, emit, "unimodal" in wanted)
+    if wanted == ["unimodal"]:
+        return
+    joint = Joint(recipe.joint, teacher, store.tokenizer, seed=recipe.seed, device=device)
+    origin = _stage(joint, teacher, run, origin, train, emit, "joint" in wanted)
+    if "distil" not in wanted:
+        return
+    student, control = run.student().to(device), run.student().to(device)
+    vectors = _vectors(teacher, run, origin, emit, device)
+    for name in teacher.names:
+        student.decoder(name).inherit(teacher.decoder(name), vectors.mean, vectors.spread)
+    view = View(recipe.distil, student, store.tokenizer, seed=recipe.seed, device=device)
+    _stage(Distil(view, vectors), student, run, origin, train, emit, True)
+    view = View(recipe.distil, control, store.tokenizer, seed=recipe.seed, device=device)
+    _stage(Control(view), control, run, store.hash, train, emit, True)
+
+
+def _stage(
+    stage: Stage, root: nn.Module, run: Run, origin: str, eligible: np.ndarray, emit: Emit, wanted: bool
+) -> str:
+    """Run a stage, or load it if it has finished; returns the hash of its model."""
+    folder = run.path("stages", stage.name)
+    facts = checkpoint.committed(folder)
+    if facts is not None:
+        if facts["key"] != run.key(stage.name, origin):
+            raise ValueError(
+                f"{folder} was trained with other settings or on another store: use another run=…"
+            )
+        checkpoint.load(folder, root)
+        emit({"stage": stage.name, "finished": facts})
+        return str(facts["sha256"])
+    if not wanted:
+        raise ValueError(
+            f"stage {stage.name} has not finished in {run.url}, and stages=… does not ask for it"
+        )
+    facts = run_stage(stage, root, run, started_from=origin, eligible=eligible, emit=emit)
+    emit({"stage": stage.name, "finished": facts})
+    return str(facts["sha256"])
+
+
+def _vectors(teacher: Teacher, run: Run, origin: str, emit: Emit, device: str) -> TeacherVectors:
+    """The teacher's vectors of every cell, computed once by all workers and kept with the teacher's hash."""
+    path = run.teacher_path(origin)
+    store = run.store
+    if not workers.from_first(storage.exists(path)):
+        emit({"stage": "teacher", "step": 0, "steps": 1})
+        rows = np.arange(len(store))[workers.rank() :: workers.world()]
+        part = run.path("teacher", f"{origin}.part-{workers.rank()}-{workers.world()}")
+        storage.write_bytes(part, encode_table(teacher_table(teacher, store, rows, device=device)))
+        workers.barrier()
+        if workers.rank() == 0:
+            parts = [
+                part.replace(f"part-0-{workers.world()}", f"part-{r}-{workers.world()}")
+                for r in range(workers.world())
+            ]
+            whole = pa.concat_tables([read_table(p) for p in parts])
+            storage.write_bytes(path, encode_table(whole.combine_chunks()))
+            for p in parts:
+                checkpoint.remove(p)
+        workers.barrier()
+        emit({"stage": "teacher", "step": 1, "steps": 1, "finish": True})
+    return TeacherVectors(read_table(path), store.cells["cell_id"].combine_chunks())
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What one stage will do."""
+
+    name: str
+    steps: int
+    cells: int
+    tokens: int
+    finished: bool
+
+
+def outlook(run: Run) -> list[Outlook]:
+    """Every stage of the run in order, with its cost, before anything is trained."""
+    recipe, store = run.recipe, run.store
+    names = tuple(store.tokenizer.vocabularies)
+    shapes: list[tuple[str, tuple[str, ...], float]] = [
+        (f"unimodal-{name}", (name,), recipe.unimodal.epochs) for name in names
+    ]
+    shapes += [("joint", names, recipe.joint.epochs)]
+    shapes += [(name, ("rna",), recipe.distil.epochs) for name in ("distil", "control")]
+    found = []
+    for name, reads, epochs in shapes:
+        plan = plan_of(store, recipe, ~run.test, reads, reads, epochs)
+        rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
+        finished = checkpoint.committed(run.path("stages", name)) is not None
+        found.append(Outlook(name, plan.steps, len(rows), int(plan.lengths[rows].sum()), finished))
+    return found

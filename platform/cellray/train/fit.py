@@ -1,0 +1,211 @@
+"""One stage as a straight loop: batches in, updates, checkpoints, a committed model out. No Ray."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cellray.data.store import Store
+from cellray.train import checkpoint, workers
+from cellray.train.feed import Feed, Plan, Share
+from cellray.train.recipe import Optim, Recipe
+from cellray.train.run import Run
+from cellray.train.stages import Stage, key_of
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+ROWS = 200
+"""Points of a stage's loss curve."""
+
+
+def step(
+    stage: Stage, share: Share, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, clip: float
+) -> dict[str, float]:
+    """One optimiser update. Losses are means over the targets of all workers."""
+    losses = stage.losses(share.batch, share.step)
+    sums = torch.stack([loss.sum.detach().double().cpu() for loss in losses.values()])
+    counts = torch.tensor([loss.count for loss in losses.values()], dtype=torch.float64)
+    sums, counts = workers.total(torch.stack([sums, counts]))
+    whole = sum(
+        loss.weight / max(float(n), 1.0) * loss.sum for loss, n in zip(losses.values(), counts, strict=True)
+    )
+    assert isinstance(whole, torch.Tensor)
+    means = (sums / counts.clamp_min(1.0)).tolist()
+    value = sum(loss.weight * mean for loss, mean in zip(losses.values(), means, strict=True))
+    if not math.isfinite(value):
+        parts = dict(zip(losses, means, strict=True))
+        raise FloatingPointError(
+            f"{stage.name} step {share.step}: the loss is {value} ({parts}); lower optim.lr"
+        )
+    whole.backward()
+    workers.sum_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": value, **dict(zip(losses, means, strict=True)), "gradient_norm": float(norm)}
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a hundredth of the peak."""
+    warm = max(1, round(optim.warmup * steps))
+    if step < warm:
+        return optim.lr * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return optim.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def adamw(modules: list[nn.Module], optim: Optim) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """The trained parameters and their optimiser; only the matrices of linear layers decay."""
+    parameters = [p for module in modules for p in module.parameters()]
+    linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
+    decayed = {id(m.weight) for m in linear}
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return parameters, torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, 0.98), fused=True)
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrix products have instructions of their own here."""
+    if device != "cpu":
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except FileNotFoundError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@dataclass
+class Meter:
+    """What a stage has cost so far. Kept in its checkpoints, so that a resumed stage counts on."""
+
+    seconds: float = 0.0
+    waited: float = 0.0
+    cells: int = 0
+    tokens: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """The loss curve: means over equal stretches of steps."""
+    pending: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, step: int, steps: int, losses: Mapping[str, float]) -> None:
+        self.pending.append(dict(losses))
+        if len(self.pending) >= max(1, steps // ROWS) or step == steps - 1:
+            means = {k: sum(row[k] for row in self.pending) / len(self.pending) for k in losses}
+            self.rows.append({"step": step + 1, **means})
+            self.pending = []
+
+    def facts(self) -> dict[str, Any]:
+        wall = max(self.seconds, 1e-9)
+        return {
+            "seconds": round(self.seconds, 3),
+            "cells_per_second": round(self.cells / wall, 2),
+            "tokens_per_second": round(self.tokens / wall, 1),
+            "data_wait_share": round(self.waited / wall, 5),
+        }
+
+
+def run_stage(
+    stage: Stage, root: nn.Module, run: Run, *, started_from: str, eligible: np.ndarray, emit: Emit
+) -> dict[str, Any]:
+    """Train one stage to its end and commit it; returns what `stage.json` holds.
+
+    Goes on from the newest whole checkpoint, so a run that was killed ends as if it had not been.
+    """
+    recipe, folder = run.recipe, run.path("checkpoints", stage.name)
+    key = run.key(stage.name, started_from)
+    root.train().requires_grad_(False)
+    for module in stage.trained():
+        module.requires_grad_(True)
+    parameters, optimizer = adamw(stage.trained(), recipe.optim)
+    plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
+    meter, first = Meter(), 0
+    found = checkpoint.newest(folder, key, lambda text: emit({"stage": stage.name, "warning": text}))
+    if found is not None:
+        tensors, about = found
+        checkpoint.restore(tensors, root, optimizer)
+        meter, first = Meter(**about["meter"]), about["step"]
+        emit({"stage": stage.name, "resumed": first})
+    device = next(root.parameters()).device.type
+    halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(device))
+    lead, world = workers.rank() == 0, workers.world()
+    saved = told = began = time.monotonic()
+    before = meter.seconds
+    with Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
+        waited = meter.waited
+        for share in feed:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe.optim, share.step, plan.steps)
+            with torch.autocast(device, torch.bfloat16, enabled=halved):
+                losses = step(stage, share, parameters, optimizer, recipe.optim.clip)
+            now = time.monotonic()
+            meter.seconds, meter.waited = before + now - began, waited + feed.waited
+            meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
+            meter.add(share.step, plan.steps, losses)
+            done = share.step + 1
+            if lead and (now - told > 0.5 or done == plan.steps):
+                told = now
+                emit(
+                    {
+                        "stage": stage.name,
+                        "step": done,
+                        "steps": plan.steps,
+                        **meter.facts(),
+                        "losses": losses,
+                    }
+                )
+            if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
+                checkpoint.save(folder, done, root, optimizer, {"key": key, "meter": vars(meter)})
+                saved = time.monotonic()
+    facts: dict[str, Any] = {
+        "name": stage.name,
+        "key": key,
+        "started_from": started_from,
+        "store": run.store.hash,
+        "workers": world,
+        "parameters": sum(p.numel() for p in parameters),
+        "steps": plan.steps,
+        "cells": meter.cells,
+        "tokens": meter.tokens,
+        **meter.facts(),
+        "loss_first": meter.rows[0]["loss"],
+        "loss_last": meter.rows[-1]["loss"],
+        "curve": meter.rows,
+    }
+    if lead:
+        facts = checkpoint.commit(run.path("stages", stage.name), root, facts)
+        checkpoint.remove(folder)
+    return dict(workers.from_first(facts))
+
+
+def plan_of(
+    store: Store,
+    recipe: Recipe,
+    eligible: np.ndarray,
+    needs: Sequence[str],
+    reads: Sequence[str],
+    epochs: float,
+) -> Plan:
+    """The batches of a stage: eligible cells with one of the modalities it needs, by the tokens it reads."""
+    present = store.cells["present"].to_numpy()
+    names = list(store.tokenizer.vocabularies)
+    bits = sum(1 << names.index(name) for name in needs)
+    lengths = sum(store.cells[f"{name}.length"].to_numpy().astype(np.int64) for name in reads)
+    return Plan(
+        starts=store.starts,
+        lengths=np.asarray(lengths),
+        eligible=eligible & (present & bits > 0),
+        seed=key_of(recipe.seed, "plan"),
+        epochs=epochs,
+        tokens=recipe.feed.tokens,
+        cells=recipe.feed.cells,
+        window=recipe.feed.window,
+    )

@@ -1,0 +1,160 @@
+"""A run's folder, its chain of stages, and how its models are made. No Ray.
+
+RUN/recipe.json      the resolved recipe; another recipe is refused
+RUN/store/           the token store, unless the recipe names one elsewhere
+RUN/splits.arrow     cell_id, unit, test: what training never sees
+RUN/checkpoints/     in the middle of a stage
+RUN/teacher/         the teacher's vectors
+RUN/stages/NAME/     finished stages: model.safetensors, stage.json
+RUN/bundle/  RUN/report.json  RUN/report.html
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cellray.data import storage
+from cellray.data.split import held_out
+from cellray.data.store import Store
+from cellray.model.student import Student
+from cellray.model.teacher import Teacher
+from cellray.train import checkpoint
+from cellray.train.recipe import LAUNCH, Recipe, describe, from_json, to_json
+from cellray.train.targets import encode_table, read_table
+
+KINDS = ("unimodal", "joint", "distil")
+"""The stages a user names."""
+NOT_TRAINING = (*LAUNCH, "atlas", "dataset", "ingest", "score")
+"""Settings that training does not read; what ingest made of them is in the store's hash."""
+
+
+@dataclass
+class Run:
+    """Where a run's things are, and what they were made with."""
+
+    recipe: Recipe
+
+    @property
+    def url(self) -> str:
+        return storage.absolute(self.recipe.run)
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.url, *parts)
+
+    @property
+    def store_url(self) -> str:
+        return storage.absolute(self.recipe.store) if self.recipe.store else self.path("store")
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.store_url)
+
+    def claim(self) -> None:
+        """Write the recipe into the run's folder, or check that it is the one there already."""
+        path = self.path("recipe.json")
+        mine = json.dumps(to_json(self.recipe), indent=1).encode()
+        if storage.write_once(path, mine):
+            return
+        before = dict(describe(from_json(json.loads(storage.read_bytes(path)))))
+        free = (*LAUNCH, "score")
+        changed = [
+            f"{key}: {before.get(key)!r} there, {value!r} now"
+            for key, value in describe(self.recipe)
+            if before.get(key) != value and key.split(".")[0] not in free
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.url} was begun with other settings ({'; '.join(changed)}). "
+                "Give this run a folder of its own with run=…, or delete that one."
+            )
+
+    @cached_property
+    def test(self) -> np.ndarray:
+        """Held-out cells, bool [cells] in store order. Written to splits.arrow the first time."""
+        cells = self.store.cells
+        test, units = held_out(cells, by=self.recipe.split.by, fraction=self.recipe.split.fraction)
+        names = [units[name] for name in cells["dataset"].to_pylist()]
+        table = pa.table({"cell_id": cells["cell_id"], "unit": pa.array(names), "test": pa.array(test)})
+        if not storage.write_once(self.path("splits.arrow"), encode_table(table)):
+            before = read_table(self.path("splits.arrow"))
+            if not before["test"].equals(table["test"]) or not before["cell_id"].equals(table["cell_id"]):
+                raise ValueError(
+                    f"{self.path('splits.arrow')} holds out other cells than this recipe and store: "
+                    "a model of this run may have seen them. Use another run=…"
+                )
+        return test
+
+    @cached_property
+    def units(self) -> dict[str, str]:
+        """Data set -> what was held out whole: donor, batch, cell, or none."""
+        table = read_table(self.path("splits.arrow"))
+        datasets = self.store.cells["dataset"].to_pylist()
+        return dict(zip(datasets, table["unit"].to_pylist(), strict=True))
+
+    def chain(self) -> list[str]:
+        """Every stage of the run in order."""
+        modalities = self.store.tokenizer.vocabularies
+        return [*(f"unimodal-{name}" for name in modalities), "joint", "distil", "control"]
+
+    def key(self, stage: str, started_from: str) -> str:
+        """What decides the outcome of a stage, hashed."""
+        facts = {k: v for k, v in to_json(self.recipe).items() if k not in NOT_TRAINING}
+        text = json.dumps([stage, started_from, self.store.hash, facts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def teacher(self) -> Teacher:
+        """The teacher before training: the same numbers for the same recipe and store."""
+        n = self.recipe.network
+        vocabularies = self.store.tokenizer.vocabularies
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.recipe.seed)
+            teacher = Teacher(
+                {name: (v.modality, len(v)) for name, v in vocabularies.items()},
+                width=n.width,
+                layers=n.layers,
+                heads=n.heads,
+                fusion_layers=n.fusion_layers,
+            )
+        teacher.start(vocabularies)
+        return teacher
+
+    def student(self) -> Student:
+        """The student before training: the same numbers for the same recipe and store."""
+        s = self.recipe.student
+        vocabularies = self.store.tokenizer.vocabularies
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.recipe.seed + 1)
+            student = Student(
+                {name: len(v) for name, v in vocabularies.items()},
+                width=self.recipe.network.width,
+                hidden=s.hidden,
+                blocks=s.blocks,
+            )
+        student.start(vocabularies)
+        return student
+
+    def teacher_path(self, hash: str = "") -> str:
+        """Where the vectors of the teacher of that hash are; by default of the one trained here."""
+        if not hash:
+            facts = checkpoint.committed(self.path("stages", "joint"))
+            if facts is None:
+                raise ValueError(f"stage joint has not finished in {self.url}: run pipelines.pretrain first")
+            hash = facts["sha256"]
+        return self.path("teacher", f"{hash}.arrow")
+
+    def trained_teacher(self) -> Teacher:
+        """The teacher after stage 2. ValueError where that has not finished."""
+        teacher = self.teacher()
+        checkpoint.load(self.path("stages", "joint"), teacher)
+        return teacher.eval()
+
+    def trained_student(self, stage: str = "distil") -> Student:
+        """The student, or its control, after stage 3. ValueError where that has not finished."""
+        student = self.student()
+        checkpoint.load(self.path("stages", stage), student)
+        return student.eval()

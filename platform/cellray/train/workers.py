@@ -1,0 +1,89 @@
+"""What workers tell each other: sums, and rows whose gradients flow back. With one worker, nothing."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the workers, without gradient."""
+    values = values.detach().clone()
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """What the first worker holds."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over the workers, in one exchange.
+
+    Losses are divided by global counts before they are differentiated, so the sum over workers
+    is the gradient of the one-worker loss.
+    """
+    if world() == 1:
+        return
+    found = [p for p in parameters if p.requires_grad]
+    for p in found:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in found if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    first = 0
+    for g in gradients:
+        g.copy_(flat[first : first + g.numel()].view_as(g))
+        first += g.numel()
+
+
+def all_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all workers in rank order, and where this worker's begin. Gradients flow back."""
+    if world() == 1:
+        return rows, 0
+    sizes = torch.zeros(world(), dtype=torch.int64, device=rows.device)
+    sizes[rank()] = len(rows)
+    dist.all_reduce(sizes)
+    counts = [int(n) for n in sizes]
+    gathered: Tensor = _Gather.apply(rows, counts)
+    return gathered, sum(counts[: rank()])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        first = sum(ctx.counts[: rank()])
+        return gradient[first : first + ctx.counts[rank()]], None

@@ -1,0 +1,89 @@
+import json
+import socket
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+from ray import serve
+
+from cellray import bundle
+from cellray.embedder import tokens_from
+from serve import app
+from tests import tiny
+from tests.test_serve_api import arrow, indexed, problem_of, vectors_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    url = str(tmp_path_factory.mktemp("model") / "bundle")
+    bundle.write(url, tiny.embedder(), golden=tiny.tokens(5))
+    return url
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_session, model):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(app.build({"bundle": model, "replicas": "2"}), name="cells", route_prefix="/")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        serve.shutdown()
+
+
+def post(endpoint, body, kind, path="/v1/embed", accept="*/*"):
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    return endpoint.post(path, content=content, headers={"content-type": kind, "accept": accept})
+
+
+def test_the_endpoint_gives_the_offline_bits_from_every_replica(endpoint, model):
+    offline = bundle.load(model)
+    matrix = tiny.counts(100)
+    cells = tokens_from(offline.tokenizer, matrix, tiny.GENES)[0]
+    wanted = offline.embed(cells).vectors
+    stream = "application/vnd.apache.arrow.stream"
+    for _ in range(5):
+        assert np.array_equal(vectors_of(post(endpoint, arrow(matrix), stream, accept=stream)), wanted)
+        assert np.array_equal(vectors_of(post(endpoint, indexed(matrix), "application/json")), wanted)
+    for i in range(0, 100, 17):
+        assert np.array_equal(
+            vectors_of(post(endpoint, indexed(matrix[i]), "application/json"))[0], wanted[i]
+        )
+    said = post(endpoint, arrow(matrix), stream, "/v1/annotate").json()["cells"]
+    assert [cell["label"] for cell in said] == offline.annotate(cells).labels.tolist()
+
+
+def test_the_endpoint_tells_its_model_and_health(endpoint, model):
+    digest = bundle.load(model).hash
+    assert endpoint.get("/v1/models").json()["models"][0]["sha256"] == digest
+    assert endpoint.get("/readyz").json() == {"status": "ok", "model": digest[:12]}
+    assert endpoint.get("/healthz").status_code == 200
+    vocabulary = pa.ipc.open_stream(endpoint.get("/v1/vocabulary").content).read_all()
+    assert vocabulary.num_rows == len(tiny.GENES) + len(tiny.PEAKS)
+
+
+def test_bad_requests_are_problems_over_http_too(endpoint):
+    problem_of(post(endpoint, b"{", "application/json"), 400, "invalid")
+    problem_of(post(endpoint, b" " * (33 << 20), "application/json"), 413, "too_large")
+    problem_of(endpoint.get("/nowhere"), 404, "not_found")
+    problem_of(endpoint.get("/v1/embed"), 405, "method_not_allowed")
+
+
+def test_a_bad_bundle_or_setting_is_refused_before_anything_is_deployed(tmp_path, model):
+    folder = tmp_path / "bundle"
+    bundle.write(str(folder), tiny.embedder(), golden=tiny.tokens(2))
+    data = bytearray((folder / "student.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "student.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"student\.safetensors has sha256"):
+        app.build({"bundle": str(folder)})
+    with pytest.raises(ValueError, match="which model"):
+        app.build({})
+    with pytest.raises(ValueError, match="there is no setting 'bundel'; there are bundle, replicas"):
+        app.build({"bundel": model})
+    with pytest.raises(ValueError, match="replicas=two: expected a whole number"):
+        app.build({"bundle": model, "replicas": "two"})
