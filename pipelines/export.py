@@ -44,7 +44,7 @@ def student_of(run: Any, scores: Sequence[Mapping[str, Any]] = ()) -> Any:
     labels = store.cells["label"].to_numpy(zero_copy_only=False)[rows].astype(str)
     return Embedder.fit(
         run.trained_student(),
-        store.tokenizer,
+        run.tokenizer,
         store.read(rows).counts["rna"],
         labels,
         about={

@@ -26,7 +26,7 @@ class Watch:
             self.progress.say(f"{name}: goes on from step {event['resumed']:,}")
         elif "finished" in event:
             self._finish(event["finished"])
-        else:
+        elif "step" in event:
             if self.line is None or self.line.name != name:
                 self.line = self.progress.stage(name, total=event["steps"], done=self.resumed.get(name, 0))
             self.line.update(

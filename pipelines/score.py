@@ -57,7 +57,7 @@ def gather(run: Any) -> Any:
     from cellray.train.targets import TeacherVectors, read_table
 
     store, recipe = run.store, run.recipe
-    tokenizer = store.tokenizer
+    tokenizer = run.tokenizer
     test = run.test
     rows = np.sort(np.concatenate([some(np.flatnonzero(test), MOST), some(np.flatnonzero(~test), MOST)]))
     batch = store.read(rows)
@@ -103,9 +103,9 @@ def student_facts(run: Any) -> dict[str, Any]:
     student, teacher = run.trained_student(), run.trained_teacher()
     rows = some(np.flatnonzero(run.test & has_rna(run)), TIMED)
     counts = run.store.read(rows).counts["rna"]
-    vectors(student, run.store.tokenizer, counts)
+    vectors(student, run.tokenizer, counts)
     began = time.process_time()
-    vectors(student, run.store.tokenizer, counts)
+    vectors(student, run.tokenizer, counts)
     seconds = time.process_time() - began
     path = [student.bag, student.depth, student.lift, student.blocks, student.joint]
     rna = [teacher.encoder("rna"), teacher.fusion]

@@ -5,12 +5,11 @@ Two bodies, told apart by Content-Type; genes are Ensembl ids or symbols, counts
 application/json
     {"genes": [name, …], "cells": [{"i": [index of a gene, …], "x": [count, …]}, …]}
     {"cells": [{name: count, …}, …]}
-    Both take "assay", one for all cells; the first takes "total" in every cell, its depth over
-    all genes where some were left out.
+    The first takes "total" in every cell, its depth over all genes where some were left out.
 
 application/vnd.apache.arrow.stream
     A row a cell: genes list<string> or list<dictionary<string>>, counts list<integer or float>;
-    total integer and assay string if wanted. Buffers are not compressed.
+    total integer if wanted. Buffers are not compressed.
 """
 
 import json
@@ -84,8 +83,6 @@ class Query:
     """Raw counts [cells, genes], finite, whole and not negative."""
     total: np.ndarray | None
     """Depth of each cell over all genes, int64 [cells], if it was sent."""
-    assays: list[str]
-    """Of each cell, "" where none was sent."""
 
 
 def read(body: bytes, content_type: str, limits: Limits) -> Query:
@@ -152,11 +149,9 @@ def _read_json(body: bytes, limits: Limits) -> Query:
         _invalid(f"the body is no JSON: {error}")
     if not isinstance(said, dict) or not isinstance(said.get("cells"), list):
         _invalid('the body must be an object with a list "cells"', "/cells")
-    if odd := sorted(set(said) - {"genes", "cells", "assay"}):
-        _invalid(f"{odd[0]!r} is not known here; a body has genes, cells and assay", f"/{odd[0]}")
-    assay, cells = said.get("assay", ""), said["cells"]
-    if not isinstance(assay, str):
-        _invalid("assay must be text", "/assay")
+    if odd := sorted(set(said) - {"genes", "cells"}):
+        _invalid(f"{odd[0]!r} is not known here; a body has genes and cells", f"/{odd[0]}")
+    cells = said["cells"]
     _check_number_of_cells(len(cells), limits)
     for n, cell in enumerate(cells):
         if not isinstance(cell, dict):
@@ -169,7 +164,7 @@ def _read_json(body: bytes, limits: Limits) -> Query:
         raise Problem("wrong_scale", "the request has a number too large for a count") from None
     indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     counts = sp.csr_matrix((data, np.array(indices, np.int64), indptr), shape=(len(cells), len(genes)))
-    return Query(genes, counts, total, [assay] * len(cells))
+    return Query(genes, counts, total)
 
 
 Parts = tuple[list[str], list[int], list[float], list[int], np.ndarray | None]
@@ -254,7 +249,6 @@ def _read_arrow(body: bytes, limits: Limits) -> Query:
 def _from_batches(batches: Sequence[pa.RecordBatch]) -> Query:
     places: dict[str, int] = {}
     indices, values, lengths, totals = [], [], [], []
-    assays: list[str] = []
     for batch in batches:
         genes, counts = batch["genes"], batch["counts"]
         if genes.null_count or counts.null_count:
@@ -267,15 +261,13 @@ def _from_batches(batches: Sequence[pa.RecordBatch]) -> Query:
         lengths.append(sizes.astype(np.int64))
         if "total" in batch.schema.names:
             totals.append(_plain(batch["total"]).astype(np.int64))
-        names = batch["assay"].to_pylist() if "assay" in batch.schema.names else [""] * batch.num_rows
-        assays += [name or "" for name in names]
     if not batches:
         raise Problem("empty", "the body holds no cells")
     indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     counts = sp.csr_matrix(
-        (np.concatenate(values), np.concatenate(indices), indptr), shape=(len(assays), len(places))
+        (np.concatenate(values), np.concatenate(indices), indptr), shape=(len(indptr) - 1, len(places))
     )
-    return Query(list(places), counts, np.concatenate(totals) if totals else None, assays)
+    return Query(list(places), counts, np.concatenate(totals) if totals else None)
 
 
 def _places(genes: pa.Array, places: dict[str, int]) -> np.ndarray:
@@ -319,12 +311,11 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-_ALLOWED = "allowed are genes list<text>, counts list<number>, total integer, assay text"
+_ALLOWED = "allowed are genes list<text>, counts list<number>, total integer"
 _COLUMNS = {
     "genes": lambda kind: _is_list(kind) and _is_text(kind.value_type),
     "counts": lambda kind: _is_list(kind) and _is_number(kind.value_type),
     "total": pa.types.is_integer,
-    "assay": _is_text,
 }
 
 

@@ -122,14 +122,10 @@ class Endpoint:
         """The body of the answer, its type, and the seconds each step took."""
         started = time.perf_counter()
         query = read(body, content_type, self.limits)
+        tokenizer = self.embedder.tokenizer
         try:
             counts, match = tokens_from(
-                self.embedder.tokenizer,
-                query.counts,
-                query.genes,
-                total=query.total,
-                assay=query.assays,
-                where="the request",
+                tokenizer, query.counts, query.genes, total=query.total, where="the request"
             )
         except UnknownGenes as error:
             raise Problem("unknown_genes", str(error)) from None

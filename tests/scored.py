@@ -1,5 +1,7 @@
 """Cells with known structure for the tests of scoring: types, a hidden state, three modalities."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -46,7 +48,7 @@ def made(*, number=700, donors=5, unit="donor", seed=0, **changes):
             "test": np.isin(donor, ["d0", "d1"]) if unit == "donor" else rng.random(number) < 0.3,
         }
     )
-    facts = {
+    facts: dict[str, Any] = {
         "cells": frame,
         "units": {"paired": unit},
         "modalities": BUILT_IN,

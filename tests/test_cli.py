@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 def atlas(matrix=None, **parts):
     matrix = tiny.counts(CELLS) if matrix is None else matrix
-    obs = pd.DataFrame({"assay": ["10x"] * CELLS}, index=[f"cell{i}" for i in range(CELLS)])
+    obs = pd.DataFrame(index=[f"cell{i}" for i in range(CELLS)])
     var = pd.DataFrame({"gene_symbol": tiny.SYMBOLS}, index=list(tiny.GENES))
     return ad.AnnData(matrix, obs=obs, var=var, **parts)
 
@@ -42,9 +42,9 @@ def file(tmp_path):
     return str(path)
 
 
-def wanted(model, assay=""):
+def wanted(model):
     loaded = bundle.load(model)
-    cells = tokens_from(loaded.tokenizer, tiny.counts(CELLS), tiny.GENES, assay=assay)[0]
+    cells = tokens_from(loaded.tokenizer, tiny.counts(CELLS), tiny.GENES)[0]
     return loaded.embed(cells), loaded.annotate(cells)
 
 
@@ -86,7 +86,7 @@ def test_annotate_writes_labels_and_how_sure_they_are(tmp_path, file, model):
     assert frame["label"].tolist() == said.labels.tolist()
 
 
-def test_layers_raw_columns_of_names_and_assays_are_found(tmp_path, model):
+def test_layers_raw_counts_and_columns_of_names_are_found(tmp_path, model):
     counts = tiny.counts(CELLS)
     normal = counts.copy()
     normal.data = np.log1p(normal.data)
@@ -94,15 +94,11 @@ def test_layers_raw_columns_of_names_and_assays_are_found(tmp_path, model):
     adata.raw = ad.AnnData(counts, var=adata.var)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     vectors = wanted(model)[0].vectors
-    settings = (["--layer", "counts"], ["--layer", "raw"], ["--layer", "raw", "--names", "gene_symbol"])
-    runs = [(extra, vectors) for extra in settings]
-    by_assay = wanted(model, "10x")[0].vectors
-    runs += [(["--layer", "raw", "--assay", name], by_assay) for name in ("assay", "=10x")]
-    for extra, right in runs:
+    for extra in (["--layer", "counts"], ["--layer", "raw"], ["--layer", "raw", "--names", "gene_symbol"]):
         out = str(tmp_path / "out.npz")
         assert main(["embed", str(tmp_path / "cells.h5ad"), "--bundle", model, "--output", out, *extra]) == 0
         with np.load(out) as arrays:
-            assert np.array_equal(arrays["embedding"], right)
+            assert np.array_equal(arrays["embedding"], vectors)
 
 
 def test_a_files_second_names_are_used_where_the_model_knows_those(tmp_path, model):
@@ -123,7 +119,6 @@ def test_a_files_second_names_are_used_where_the_model_knows_those(tmp_path, mod
         ({"output": "out.txt"}, "must end in one of .h5ad, .parquet, .arrow, .npz"),
         ({"names": "gene"}, "var has no column 'gene'"),
         ({"layer": "raw"}, "no counts in raw"),
-        ({"assay": "chemistry"}, "obs has no column 'chemistry'"),
     ],
 )
 def test_a_users_mistake_is_one_line_exit_2_and_leaves_nothing(tmp_path, file, model, capsys, change, says):

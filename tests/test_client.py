@@ -98,15 +98,6 @@ def test_no_raw_counts_is_said_before_anything_is_sent():
             client.embed(atlas(), names="gene")
 
 
-def test_assays_reach_the_model(url, model):
-    cells = tokens_from(model.tokenizer, tiny.counts(60), tiny.GENES, assay="10x")[0]
-    with Client(url) as client:
-        adata = client.embed(atlas(), assay="10x")
-        with pytest.raises(ValueError, match="assay names 2 cells, there are 60"):
-            client.embed(atlas(), assay=["10x", "10x"])
-    assert np.array_equal(adata.obsm["X_cellray"], model.embed(cells).vectors)
-
-
 def test_a_refusal_is_told_in_the_endpoints_words_and_leaves_the_anndata(url):
     adata = atlas()
     adata.var_names = [f"odd{i}" for i in range(120)]

@@ -232,13 +232,28 @@ def test_names_and_columns_must_agree(words):
         tokens_from(words, tiny.counts(2), tiny.GENES[1:])
 
 
-def test_an_assay_ranks_by_its_own_statistics_and_an_unseen_one_by_all(words):
+def test_tokens_are_the_counts_in_id_order(words):
     matrix = tiny.counts(20)
-    pooled = tokens_from(words, matrix, tiny.GENES)[0]
-    assert same(tokens_from(words, matrix, tiny.GENES, assay="never seen")[0], pooled)
-    own = tokens_from(words, matrix, tiny.GENES, assay="10x")[0]
-    assert not np.array_equal(own.ids, pooled.ids)
-    assert same(tokens_from(words, matrix, tiny.GENES, assay=["10x"] * 20)[0], own)
+    order = np.random.default_rng(0).permutation(120)
+    cells = tokens_from(words, matrix[:, order], [tiny.GENES[i] for i in order])[0]
+    assert cells.ids.tolist() == np.concatenate([np.flatnonzero(row) for row in matrix.toarray()]).tolist()
+    assert np.array_equal(cells.matrix(120).toarray(), matrix.toarray())
+    assert (cells.offsets.dtype, cells.ids.dtype, cells.counts.dtype) == (np.int64, np.uint8, np.uint32)
+
+
+def test_the_order_of_a_cells_tokens_changes_no_bit(model, words):
+    matrix = tiny.counts(150).tolil()
+    matrix[[0, 70, 149]] = 0
+    matrix = matrix.tocsr()
+    cells = tokens_from(words, matrix, tiny.GENES)[0]
+    wanted = answers(model, cells)
+    for assay in ("", "10x"):
+        ranked = words.rank("rna", matrix, cells.total, [assay] * 150)
+        assert not np.array_equal(ranked.ids, cells.ids)
+        assert all(np.array_equal(a, b) for a, b in zip(answers(model, ranked), wanted, strict=True))
+    order = np.random.default_rng(0).permutation(120)
+    sent = tokens_from(words, matrix[:, order], [tiny.GENES[i] for i in order])[0]
+    assert all(np.array_equal(a, b) for a, b in zip(answers(model, sent), wanted, strict=True))
 
 
 def test_translation_speaks_in_counts_and_probabilities(model):

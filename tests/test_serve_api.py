@@ -137,16 +137,16 @@ def test_an_answer_reports_genes_counts_and_how_unusual_a_cell_is(app, model):
     assert json.loads(metadata[b"cellray"])["model"] == model.hash
 
 
-def test_totals_and_assays_reach_the_tokens(app, model):
+def test_totals_reach_the_tokens(app, model):
     matrix = tiny.counts(6)
     total = matrix.sum(axis=1).A1.astype(int) + np.arange(6)
-    cells = tokens_from(model.tokenizer, matrix, tiny.GENES, total=total, assay="10x")[0]
+    cells = tokens_from(model.tokenizer, matrix, tiny.GENES, total=total)[0]
     wanted = model.embed(cells).vectors
-    body = indexed(matrix) | {"assay": "10x"}
+    body = indexed(matrix)
     for cell, depth in zip(body["cells"], total.tolist(), strict=True):
         cell["total"] = depth
     assert np.array_equal(vectors_of(post(app, body)), wanted)
-    sent = arrow(matrix, total=pa.array(total), assay=pa.array(["10x"] * 6))
+    sent = arrow(matrix, total=pa.array(total))
     assert np.array_equal(vectors_of(post(app, sent, api.ARROW)), wanted)
 
 
@@ -185,7 +185,6 @@ def test_request_ids_come_back_if_they_are_harmless(app):
         ({"cells": 3}, "an object with a list", "/cells"),
         ({"cells": [[1]]}, "must be an object", "/cells/0"),
         ({"cells": [{}], "gene": []}, "'gene' is not known here", "/gene"),
-        ({"cells": [{}], "assay": 3}, "assay must be text", "/assay"),
         ({"cells": [{"a": "1"}]}, "must map genes to counts", "/cells/0"),
         ({"cells": [{"a": True}]}, "must map genes to counts", "/cells/0"),
         ({"cells": [{"i": [0], "x": [1]}]}, 'the body needs "genes"', "/cells/0"),
@@ -318,7 +317,8 @@ def read_or_refuse(body, kind):
         said = json.loads(problem.body())
     else:
         said = {"status": 422}
-        assert query.counts.shape == (len(query.assays), len(query.genes))
+        assert query.counts.shape[0] > 0
+        assert query.counts.shape[1] == len(query.genes) > 0
     assert said["status"] in (400, 413, 422)
 
 
@@ -326,7 +326,7 @@ JSONS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["genes", "cells", "i", "x", "total", "assay", "\ud800"]), inner)
+        | st.dictionaries(st.sampled_from(["genes", "cells", "i", "x", "total", "\ud800"]), inner)
     ),
     max_leaves=12,
 )

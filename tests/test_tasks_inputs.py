@@ -2,8 +2,14 @@ import numpy as np
 import pytest
 
 from cellray.tasks import inputs
-from cellray.tasks.inputs import cohort, resamples
+from cellray.tasks.inputs import Cohort, cohort, resamples
 from tests.scored import made
+
+
+def labelled(scored, **settings):
+    found = cohort(scored, "paired", scored.labelled("paired"), **settings)
+    assert isinstance(found, Cohort)
+    return found
 
 
 def test_resamples_draw_units_then_cells():
@@ -36,7 +42,7 @@ def test_units_give_wider_intervals_than_cells():
 
 def test_a_cohort_fits_on_training_cells_and_scores_held_out_donors():
     scored = made()
-    found = cohort(scored, "paired", scored.labelled("paired"), seeds=3, bootstrap=5)
+    found = labelled(scored, seeds=3, bootstrap=5)
     held = scored.cells["test"].to_numpy()
     assert held[found.test].all()
     assert not held[found.train].any()
@@ -48,11 +54,11 @@ def test_a_cohort_fits_on_training_cells_and_scores_held_out_donors():
 
 def test_the_split_says_when_intervals_are_over_cells():
     by_cell = made(unit="cell")
-    found = cohort(by_cell, "paired", by_cell.labelled("paired"), seeds=1, bootstrap=2)
+    found = labelled(by_cell, seeds=1, bootstrap=2)
     assert found.split.endswith("held-out cells; intervals over cells")
     alone = made()
     alone.cells["test"] = alone.cells["donor"] == "d0"
-    found = cohort(alone, "paired", alone.labelled("paired"), seeds=1, bootstrap=2)
+    found = labelled(alone, seeds=1, bootstrap=2)
     assert found.split.startswith("1 held-out donor, ")
     assert found.split.endswith("; intervals over cells")
 
@@ -61,7 +67,7 @@ def test_large_data_sets_are_subsampled_the_same_way_and_say_so(monkeypatch):
     monkeypatch.setattr(inputs, "FIT_CELLS", 100)
     monkeypatch.setattr(inputs, "TEST_CELLS", 60)
     scored = made()
-    one, two = (cohort(scored, "paired", scored.labelled("paired"), seeds=1, bootstrap=2) for _ in range(2))
+    one, two = (labelled(scored, seeds=1, bootstrap=2) for _ in range(2))
     assert (len(one.train), len(one.test)) == (100, 60)
     np.testing.assert_array_equal(one.test, two.test)
     assert ", 60 of them scored;" in one.split
@@ -78,7 +84,7 @@ def test_too_few_cells_are_a_reason_not_an_error():
 def test_genes_are_chosen_by_their_variance_over_training_cells(monkeypatch):
     monkeypatch.setattr(inputs, "GENES", 10)
     scored = made()
-    found = cohort(scored, "paired", scored.labelled("paired"), seeds=1, bootstrap=2)
+    found = labelled(scored, seeds=1, bootstrap=2)
     dense = scored.counts["rna"].toarray()
     log = np.log1p(dense / scored.totals["rna"][:, None] * 1e4)
     wanted = np.sort(np.argsort(-log[found.train].var(axis=0))[:10])
@@ -103,6 +109,9 @@ def test_the_teacher_is_kept_from_labels_of_another_modality_only():
             lambda s: {"embeddings": {**s.embeddings, "teacher": s.embeddings["teacher"][:, :4]}},
             "at one width",
         ),
+        (lambda s: {"targets": s.targets.drop(columns="cell_id")}, "targets lack the column cell_id"),
+        (lambda s: {"targets": s.targets.iloc[[0, 1, 1]]}, r"twice, as \['paired:c1'\]"),
+        (lambda s: {"targets": s.targets.assign(cell_id="c1").iloc[:1]}, "share no cell with the store"),
         (lambda s: {"translate": {}}, "student and random are needed"),
         (lambda s: {"present": {"rna": s.present["rna"]}}, r"present to score hold \['rna'\]"),
     ],

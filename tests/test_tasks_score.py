@@ -5,6 +5,7 @@ import pytest
 
 from cellray.tasks import annotation, missing, report, translation
 from cellray.tasks.inputs import cohort
+from cellray.tasks.rows import Result
 from cellray.tasks.score import _targets, score
 from cellray.train.recipe import Score
 from tests.scored import made
@@ -36,7 +37,7 @@ def rows():
 
 def test_every_score_stands_beside_its_baselines(rows):
     assert {row["task"] for row in rows} == {
-        "annotation", "RNA to atac", "RNA to protein", "missing modality", "fidelity to the teacher",
+        "annotation", "RNA to ATAC", "RNA to protein", "missing modality", "fidelity to the teacher",
     }  # fmt: skip
     for task, metric in {(row["task"], row["metric"]) for row in rows}:
         found = values(rows, task, metric)
@@ -65,11 +66,11 @@ def test_annotation_knows_groups_from_noise(rows):
 
 
 def test_a_student_that_predicts_the_truth_beats_the_baselines(rows):
-    assert one(rows, "RNA to atac", "AUROC")["verdict"] == "beats"
-    assert one(rows, "RNA to atac", "AUROC")["value"] == pytest.approx(1)
+    assert one(rows, "RNA to ATAC", "AUROC")["verdict"] == "beats"
+    assert one(rows, "RNA to ATAC", "AUROC")["value"] == pytest.approx(1)
     assert one(rows, "RNA to protein", "Pearson")["value"] > 0.99
-    assert values(rows, "RNA to atac", "AUROC")["mean of training cells"] == pytest.approx(0.5)
-    assert 0.55 < values(rows, "RNA to atac", "AUROC")["MLP"] < 0.95
+    assert values(rows, "RNA to ATAC", "AUROC")["mean of training cells"] == pytest.approx(0.5)
+    assert 0.55 < values(rows, "RNA to ATAC", "AUROC")["MLP"] < 0.95
     assert values(rows, "RNA to protein", "Pearson")["ridge on PCA"] > 0.3
 
 
@@ -123,7 +124,7 @@ def several():
         present=present,
         label_from={"paired": "protein"},
     )
-    said = []
+    said: list[str] = []
     return score(scored, Score(seeds=1, bootstrap=10), said.append), said
 
 
@@ -156,17 +157,24 @@ def test_recovery_is_undefined_where_the_teacher_gains_nothing():
 
 
 def test_recovery_has_no_interval_where_the_gain_is_not_clear():
-    plain = made()
-    rng = np.random.default_rng(1)
-    noisy = plain.embeddings["rna_only"] + rng.normal(size=plain.embeddings["rna_only"].shape)
-    teacher = noisy + 0.05 * plain.embeddings["student"]
-    scored = made(embeddings={**plain.embeddings, "rna_only": noisy, "teacher": teacher})
-    state = scored.targets["state"].to_numpy()
-    found = missing.target_recovery(cohort_of(scored, scored.paired("paired")), "state", state)
-    row = one(found, "missing modality", "recovery of Pearson of state")
-    assert (row["low"], row["high"]) == (None, None)
-    assert row["value"] is not None
-    assert row["reason"] == "no interval: the teacher's gain is not clear of zero"
+    scored = made()
+    rng = np.random.default_rng(0)
+    drawn = {
+        "student": 0.84 + rng.normal(0, 0.001, 201),
+        "teacher": 0.85 + rng.normal(0, 0.02, 201),
+        "RNA-only model": np.full(201, 0.8),
+    }
+    for values_, middle in zip(drawn.values(), (0.84, 0.81, 0.8), strict=True):
+        values_[0] = middle
+    results = {model: Result(model, "baseline", {"R2": values_}) for model, values_ in drawn.items()}
+    cells = cohort_of(scored, scored.paired("paired"))
+    clear = missing._recovery(cells, "R2", results | {"teacher": results["student"]}, "")
+    assert clear["value"] == clear["low"] == clear["high"] == pytest.approx(1)
+    drawn["teacher"][1:] -= 0.04
+    unclear = missing._recovery(cells, "R2", results, "")
+    assert unclear["value"] == pytest.approx(4)
+    assert (unclear["low"], unclear["high"]) == (None, None)
+    assert unclear["reason"] == "no interval: the teacher's gain is not clear of zero"
 
 
 def test_a_constant_target_and_a_single_label_are_not_run():

@@ -85,6 +85,14 @@ def test_unseen_assays_and_uncounted_features_take_the_pooled_mean():
     assert v.means("new").tolist() == [2.0, 3.0]
 
 
+def test_features_counted_nowhere_rank_by_their_count():
+    sums, nonzero = np.array([8, 0, 0]), np.array([4, 0, 0])
+    v = Vocabulary(RNA, tuple("abc"), ("",) * 3, {POOLED: sums}, {POOLED: nonzero}, {POOLED: 4})
+    assert v.means("").tolist() == [2.0, 1.0, 1.0]
+    ranked = Tokenizer({"rna": v}).rank("rna", sp.csr_matrix([[6, 2, 5]]), np.array([13]), [""])
+    assert ranked.ids.tolist() == [2, 0, 1]
+
+
 def test_ids_are_as_narrow_as_the_vocabulary_allows():
     assert tokenizer().rank("rna", matrix(), np.zeros(30), ["v2"] * 30).ids.dtype == np.uint8
     assert [narrow(n) for n in (256, 257, 65_536, 65_537)] == [np.uint8, np.uint16, np.uint16, np.uint32]

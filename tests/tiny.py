@@ -53,10 +53,10 @@ def tokens(cells=100, *, seed=0) -> Counts:
 
 def embedder(*, labelled=True):
     words = tokenizer()
-    sizes = {name: len(v) for name, v in words.vocabularies.items()}
+    modalities = {name: (v.modality, len(v)) for name, v in words.vocabularies.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        student = Student(sizes, width=16, hidden=24, blocks=2)
+        student = Student(modalities, width=16, hidden=24, blocks=2)
         student.start(words.vocabularies)
     labels = ["neuron", "glia"] * 100 if labelled else [""] * 200
     about = {

@@ -31,7 +31,7 @@ from cellray.train import recipe as recipes
 from cellray.train.progress import Line, Mode, Progress
 from cellray.train.recipe import Recipe, override, to_json
 from pipelines import command
-from tune.trial import Trial, run_trial, spell
+from tune.trial import Trial, spell
 
 DRIVER_CPUS = 0.1
 """What the driver of a trial takes. It waits for its workers; Ray refuses 0."""
@@ -295,7 +295,7 @@ def run_trials(
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from tune.watch import Watch
+    from tune.tuning import Attempt, Watch
 
     # Tune's own tables and log files say less than Watch; its answer to ctrl-c is to end as if done.
     for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
@@ -305,7 +305,7 @@ def run_trials(
     watch = Watch(recipe.run, len(drawn), progress)
     numbered = [{"trial": f"{i:03d}", "settings": dict(settings)} for i, settings in enumerate(drawn)]
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+        tune.with_resources(Attempt, {"CPU": DRIVER_CPUS}),
         param_space={
             "recipe": to_json(recipe),
             "run": recipe.run,
@@ -320,7 +320,13 @@ def run_trials(
                 time_attr="percent", max_t=100, grace_period=sweep.grace, reduction_factor=sweep.reduction
             ),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=recipe.run, verbose=0, callbacks=[watch]),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=recipe.run,
+            verbose=0,
+            callbacks=[watch],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
     )
     tuner.fit()
     fs, path = storage.locate(storage.join(recipe.run, "tune"))

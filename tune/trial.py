@@ -1,4 +1,4 @@
-"""One trial of a sweep: a training run whose driver is a Tune trial.
+"""One trial of a sweep: what it keeps, and how its training is judged.
 
 RUN/trials/NUMBER/               the trial's run
 RUN/trials/NUMBER/reports.json   what it has told Tune so far
@@ -6,15 +6,12 @@ RUN/trials/NUMBER/outcome.json   what came of it, once it has finished or was st
 """
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cellray.data import storage
-from cellray.train.recipe import from_json, override
 
 EVERY = 5
 """Percent of a stage between two reports."""
@@ -38,33 +35,6 @@ class Trial:
     state: str
     """finished, stopped (it was behind) or failed."""
     error: str = ""
-
-
-def run_trial(config: dict[str, Any]) -> None:
-    """Train with the settings in `config["drawn"]`, reporting loss, percent and seconds of the judged stage.
-
-    A trial of an earlier attempt first tells again what it told then, so that the others are
-    compared with it, and goes on from its checkpoint if it has not ended.
-    """
-    from ray import tune
-
-    # A stopped trial is killed; what it leaves then lies in Tune's folder, which goes with the cluster.
-    tempfile.tempdir = os.getcwd()
-    run = folder(config["run"], config["drawn"]["trial"])
-    before = read_reports(run)
-    for report in before:
-        tune.report(report)
-    if storage.exists(storage.join(run, "outcome.json")) or (before and before[-1]["percent"] == 100):
-        return
-
-    def tell(reports: list[Report]) -> None:
-        storage.write_bytes(storage.join(run, "reports.json"), json.dumps(reports).encode())
-        tune.report(reports[-1])
-
-    from cellray.train.loop import train
-
-    recipe = override(from_json(config["recipe"]), config["drawn"]["settings"] | {"run": run})
-    train(recipe, Judge(config["stage"], before, tell))
 
 
 def folder(run: str, number: str) -> str:

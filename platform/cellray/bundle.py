@@ -84,7 +84,7 @@ def load(url: str) -> Embedder:
             f"{config['tokenizer'][:12]}: the files belong to different models; export again"
         )
     try:
-        student = _student(files["student.safetensors"], config["network"])
+        student = _student(files["student.safetensors"], tokenizer, config["network"])
         head, reference = heads.from_tensors(
             safetensors.torch.load(files["heads.safetensors"]), config["classes"]
         )
@@ -214,21 +214,17 @@ def _try_golden(embedder: Embedder, table: pa.Table, where: str) -> None:
 
 def _sizes(student: Student) -> dict[str, Any]:
     """What `Student` is made with."""
-    names = list(student.decoders)
-    sizes = {name: int(student.decoder(name).feature.num_embeddings) for name in names}
     return {
         "blocks": len(student.blocks),
-        "features": sizes,
         "hidden": int(student.state_dict()["joint.1.weight"].shape[1]),
-        "width": int(student.decoder(names[0]).feature.embedding_dim),
+        "width": int(student.bag.embedding_dim),
     }
 
 
-def _student(data: bytes, sizes: dict[str, Any]) -> Student:
+def _student(data: bytes, tokenizer: Tokenizer, sizes: dict[str, Any]) -> Student:
+    modalities = {name: (v.modality, len(v)) for name, v in tokenizer.vocabularies.items()}
     with torch.device("meta"):
-        student = Student(
-            sizes["features"], width=sizes["width"], hidden=sizes["hidden"], blocks=sizes["blocks"]
-        )
+        student = Student(modalities, width=sizes["width"], hidden=sizes["hidden"], blocks=sizes["blocks"])
     student.load_state_dict(safetensors.torch.load(data), strict=True, assign=True)
     return student
 

@@ -56,9 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         _reading(added)
         added.add_argument(
-            "--assay", default="", metavar="COLUMN", help="obs column of the assay, or =VALUE for all cells"
-        )
-        added.add_argument(
             "--chunk", type=_positive, default=2048, metavar="N", help="cells read at a time (2048)"
         )
         added.add_argument("--quiet", action="store_true", help="show no progress")
@@ -134,18 +131,13 @@ def _answer(
         cells = len(source.cell_names)
         if not cells:
             raise ValueError(f"{options.file} has no cells")
-        genes, assays = _genes(source, model), _assays(source, options.assay)
+        genes = _genes(source, model)
         line = progress.stage(name, cells, unit="cells")
         started, kept, depth = time.monotonic(), 0.0, 0
         for start in range(0, cells, options.chunk):
             stop = min(start + options.chunk, cells)
-            counts, match = tokens_from(
-                model.tokenizer,
-                source.rows(start, stop),
-                genes,
-                assay=assays[start:stop],
-                where=source.where,
-            )
+            rows = source.rows(start, stop)
+            counts, match = tokens_from(model.tokenizer, rows, genes, where=source.where)
             parts.append(answer(model, counts) | {"genes": match.genes, "kept": match.kept})
             kept += match.share * int(counts.total.sum())
             depth += int(counts.total.sum())
@@ -174,13 +166,6 @@ def _genes(source: "Source", model: "Embedder") -> list[str]:
         return sum(name in index for name in normalise_names(names, "gene"))
 
     return max(ids, symbols, key=known)
-
-
-def _assays(source: "Source", assay: str) -> list[str]:
-    """The assay of each cell, from an obs column or the same for all."""
-    if not assay or assay.startswith("="):
-        return [assay[1:]] * len(source.cell_names)
-    return [str(value) for value in source.obs([assay])[assay]]
 
 
 def _check_suffix(output: str, verb: str) -> None:

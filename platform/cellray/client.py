@@ -78,16 +78,15 @@ class Client:
         *,
         layer: str | None = None,
         names: str = "",
-        assay: str | Sequence[str] = "",
         key: str = "X_cellray",
     ) -> ad.AnnData:
         """`adata` with embeddings in obsm[key], and how well each cell fits in obs.
 
         `layer` is where raw counts are: None looks for them, "" is X, "raw" is raw.X, else a layer.
-        `names` is the var column of the gene ids, "" for var_names; `assay`, one or one a cell.
+        `names` is the var column of the gene ids, "" for var_names.
         Writes obs cellray_ood, cellray_genes, cellray_kept, and uns["cellray"].
         """
-        table, about = self._ask("/v1/embed", adata, layer, names, assay)
+        table, about = self._ask("/v1/embed", adata, layer, names)
         vectors = table["embedding"].combine_chunks()
         adata.obsm[key] = vectors.flatten().to_numpy().reshape(len(vectors), -1)
         _write_columns(adata, table, ("ood", "genes", "kept"), about)
@@ -99,10 +98,9 @@ class Client:
         *,
         layer: str | None = None,
         names: str = "",
-        assay: str | Sequence[str] = "",
     ) -> ad.AnnData:
         """`adata` with obs cellray_label and cellray_confidence, and what `embed` writes to obs and uns."""
-        table, about = self._ask("/v1/annotate", adata, layer, names, assay)
+        table, about = self._ask("/v1/annotate", adata, layer, names)
         _write_columns(adata, table, ("label", "confidence", "ood", "genes", "kept"), about)
         return adata
 
@@ -113,10 +111,9 @@ class Client:
         *,
         layer: str | None = None,
         names: str = "",
-        assay: str | Sequence[str] = "",
     ) -> ad.AnnData:
         """A new AnnData [cells, features of `modality`]: expected counts, or chances of being counted."""
-        table, about = self._ask(f"/v1/translate/{modality}", adata, layer, names, assay)
+        table, about = self._ask(f"/v1/translate/{modality}", adata, layer, names)
         values = table["values"].combine_chunks()
         known = self.vocabulary()
         features = known[known["modality"] == modality].set_index("id")[["symbol"]].rename_axis(None)
@@ -124,13 +121,10 @@ class Client:
         return ad.AnnData(matrix, obs=adata.obs[[]].copy(), var=features, uns={"cellray": about})
 
     def _ask(
-        self, path: str, adata: ad.AnnData, layer: str | None, names: str, assay: str | Sequence[str]
+        self, path: str, adata: ad.AnnData, layer: str | None, names: str
     ) -> tuple[pa.Table, dict[str, Any]]:
         """The answers for all cells, in order, and what is said of them together."""
         matrix, genes, where = find_counts(adata, layer, names)
-        assays = [assay] * adata.n_obs if isinstance(assay, str) else list(assay)
-        if len(assays) != adata.n_obs:
-            raise ValueError(f"assay names {len(assays):,} cells, there are {adata.n_obs:,}")
         limits = self.model()["limits"]
         step = min(self.chunk, limits["cells"])
         answers: list[tuple[pa.Table, float]] = []
@@ -138,7 +132,7 @@ class Client:
             stop = min(start + step, adata.n_obs)
             counts = sp.csr_matrix(matrix[start:stop])
             check_counts(counts.data, where)
-            answers += self._ask_part(path, counts, genes, assays[start:stop], limits["bytes"])
+            answers += self._ask_part(path, counts, genes, limits["bytes"])
             if self.progress:
                 self.progress(stop, adata.n_obs)
         if not answers:
@@ -146,14 +140,14 @@ class Client:
         return pa.concat_tables([table for table, _ in answers]), _together(answers)
 
     def _ask_part(
-        self, path: str, counts: sp.csr_matrix, genes: pa.Array, assays: list[str], limit: int
+        self, path: str, counts: sp.csr_matrix, genes: pa.Array, limit: int
     ) -> list[tuple[pa.Table, float]]:
         """Answers for some cells and the sum of their counts, in halves where one body cannot hold them."""
-        body = _body(counts, genes, assays)
-        if len(body) > limit and len(assays) > 1:
-            half = len(assays) // 2
-            first = self._ask_part(path, counts[:half], genes, assays[:half], limit)
-            return first + self._ask_part(path, counts[half:], genes, assays[half:], limit)
+        body = _body(counts, genes)
+        cells = counts.shape[0]
+        if len(body) > limit and cells > 1:
+            first = self._ask_part(path, counts[: cells // 2], genes, limit)
+            return first + self._ask_part(path, counts[cells // 2 :], genes, limit)
         said = self._send("POST", path, content=body, headers={"content-type": ARROW, "accept": ARROW})
         return [(pa.ipc.open_stream(said.content).read_all(), float(counts.data.sum(dtype=np.float64)))]
 
@@ -205,7 +199,7 @@ def find_counts(adata: ad.AnnData, layer: str | None = None, names: str = "") ->
     raise ValueError(f"no raw counts here: {'; '.join(refusals) or 'X is empty'}. cellray needs raw counts.")
 
 
-def _body(counts: sp.csr_matrix, genes: pa.Array, assays: list[str]) -> bytes:
+def _body(counts: sp.csr_matrix, genes: pa.Array) -> bytes:
     offsets = pa.array(counts.indptr.astype(np.int32))
     ids = pa.DictionaryArray.from_arrays(pa.array(counts.indices.astype(np.int32)), genes)
     data = counts.data.astype(np.uint32)
@@ -214,7 +208,6 @@ def _body(counts: sp.csr_matrix, genes: pa.Array, assays: list[str]) -> bytes:
         {
             "genes": pa.ListArray.from_arrays(offsets, ids),
             "counts": pa.ListArray.from_arrays(offsets, pa.array(data.astype(narrow))),
-            "assay": pa.array(assays, pa.string()),
         }
     )
     sink = pa.BufferOutputStream()

@@ -1,13 +1,15 @@
 """Cells in, embeddings out: the student with its tokenizer and heads. Needs no Ray.
 
-A cell gets the same bits alone, in any batch and at any place in it: the network always runs on
-CHUNK cells at a time (the last ones empty) and on one thread, so every sum is made in one order.
+A cell gets the same bits alone, in any batch and at any place in it, and in whatever order its
+tokens come: the network always runs on CHUNK cells at a time (the last ones empty), on one thread
+and on tokens in id order, so every sum is made in one order.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from cellray.data.counts import check_counts
 from cellray.data.features import merge_columns
 from cellray.data.modalities import normalise_names, scaled
-from cellray.data.tokens import Counts, Tokenizer, Vocabulary
+from cellray.data.tokens import Counts, Tokenizer, Vocabulary, narrow
 from cellray.heads import Head, Reference, fit_head, fit_reference
 from cellray.model.student import Student
 
@@ -196,11 +198,27 @@ def _run(student: Student, tokenizer: Tokenizer, counts: Counts, answer: Answer)
     scale = tokenizer.vocabularies[INPUT].modality.scale
     parts = []
     for first in range(0, max(len(counts), 1), CHUNK):
-        rows = np.arange(first, min(first + CHUNK, len(counts)))
+        part = _in_id_order(_some(counts, first, first + CHUNK))
         with _exact():
-            whole = answer(_embed_chunk(student, counts.take(rows), scale))
-        parts.append([array[: len(rows)] for array in whole])
+            whole = answer(_embed_chunk(student, part, scale))
+        parts.append([array[: len(part)] for array in whole])
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _some(counts: Counts, first: int, stop: int) -> Counts:
+    """The cells from `first` up to `stop`, or to the last one. Copies nothing: `take` would."""
+    offsets = counts.offsets[first : stop + 1]
+    tokens = slice(offsets[0], offsets[-1])
+    return Counts(offsets - offsets[0], counts.ids[tokens], counts.counts[tokens], counts.total[first:stop])
+
+
+def _in_id_order(part: Counts) -> Counts:
+    """The same cells, the tokens of each by rising id. A store has them by rank, a sender as it likes."""
+    cells = np.repeat(np.arange(len(part), dtype=narrow(len(part))), part.lengths)
+    if ((part.ids[1:] > part.ids[:-1]) | (cells[1:] > cells[:-1])).all():
+        return part
+    order = np.lexsort((part.ids, cells))
+    return Counts(part.offsets, part.ids[order], part.counts[order], part.total)
 
 
 def _embed_chunk(student: Student, part: Counts, scale: str) -> Tensor:
@@ -225,15 +243,13 @@ def tokens_from(
     names: Sequence[str],
     *,
     total: np.ndarray | None = None,
-    assay: str | Sequence[str] = "",
     where: str = "the counts",
 ) -> tuple[Counts, Match]:
-    """RNA tokens of the cells of `matrix` [cells, genes], raw counts, and how well its genes fit.
+    """RNA tokens, in id order, of the cells of `matrix` [cells, genes], and how well its genes fit.
 
-    `names` are the genes: Ensembl ids (a version is ignored) or symbols; of genes that are named
-    twice the counts are summed. `total` is each cell's depth over all genes, int64 [cells], where
-    genes were left out of `matrix`. `assay`, one for all or one a cell, picks the statistics that
-    ranks are made with; one never seen in training takes those of all assays together.
+    `matrix` holds raw counts. `names` are the genes, in any order: Ensembl ids (a version is
+    ignored) or symbols; of genes that are named twice the counts are summed. `total` is each cell's
+    depth over all genes, int64 [cells], where genes were left out of `matrix`.
 
     ValueError where `matrix` does not hold raw counts (`where` names it), UnknownGenes where fewer
     than FEWEST of the genes are known, or fewer than OVERLAP of the shorter of the two lists.
@@ -242,6 +258,10 @@ def tokens_from(
     if counts.shape[1] != len(names):
         raise ValueError(f"{where}: {counts.shape[1]:,} columns of counts, but {len(names):,} gene names")
     check_counts(counts.data, where)
+    # Whole numbers as they stand: `astype` of the matrix would sort every row on the way.
+    counts = sp.csr_matrix(
+        (counts.data.astype(np.int64, copy=False), counts.indices, counts.indptr), counts.shape
+    )
     vocabulary = tokenizer.vocabularies[INPUT]
     places = _places(names, vocabulary)
     known = int((places >= 0).sum())
@@ -261,11 +281,15 @@ def tokens_from(
         raise ValueError(
             f"{where}: the total of cell {cell} is {depth[cell]:,}, but its counts add up to {sums[cell]:,}"
         )
-    inside = merge_columns(counts.astype(np.int64), places, len(vocabulary))
+    inside = merge_columns(counts, places, len(vocabulary))
     check_counts(inside.data, where)
     kept = _row_sums(inside)
-    assays = [assay] * counts.shape[0] if isinstance(assay, str) else list(assay)
-    tokens = tokenizer.rank(INPUT, inside, depth, assays)
+    tokens = Counts(
+        inside.indptr.astype(np.int64),
+        inside.indices.astype(narrow(len(vocabulary))),
+        inside.data.astype(np.uint32),
+        depth,
+    )
     match = Match(
         sent=len(names),
         known=known,
@@ -278,9 +302,9 @@ def tokens_from(
 
 
 def _places(names: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
-    """Index of each name in the vocabulary, as it is or else in the usual spelling; -1 if unknown. int64."""
+    """Index of each name in the vocabulary, as it is or else in the usual spelling; -1 if unknown. int32."""
     index = vocabulary.index
-    places = np.fromiter((index.get(name, -1) for name in names), np.int64, len(names))
+    places = np.fromiter(map(index.get, names, repeat(-1)), np.int32, len(names))
     rest = np.flatnonzero(places < 0).tolist()
     spelt = normalise_names([names[i] for i in rest], vocabulary.modality.features)
     places[rest] = [index.get(name, -1) for name in spelt]
@@ -288,9 +312,9 @@ def _places(names: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _row_sums(counts: sp.csr_matrix) -> np.ndarray:
-    """Sum of each row, int64 [rows], exact."""
-    ends = np.concatenate([[0], np.cumsum(counts.data.astype(np.int64))])[counts.indptr]
-    return np.diff(ends)
+    """Sum of each row of int64 numbers, int64 [rows], exact."""
+    sums: np.ndarray = counts.sum(axis=1).A1
+    return sums
 
 
 @contextmanager

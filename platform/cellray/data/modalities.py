@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-ENSEMBL = re.compile(r"^(ENS[A-Z]*[GTP]\d{11})\.\d+$")
+ENSEMBL = re.compile(r"(ENS[A-Z]*[GTP]\d{11})\.\d+")
 PEAK = re.compile(r"^(?:chr)?([^\s:_-]+)[:_-](\d+)[_-](\d+)$", re.IGNORECASE)
 ANTIBODY = re.compile(r"[_-]TotalSeq-?[A-D]?$|[_-]TotalC$", re.IGNORECASE)
 
@@ -51,7 +51,8 @@ def normalise_names(names: Sequence[str], features: str) -> list[str]:
     proteins lose a trailing `_TotalSeqB`. A name of no known form stays as it is.
     """
     if features == "gene":
-        return [ENSEMBL.sub(r"\1", name) for name in names]
+        # Looking for the point first: names are many, and read again with every request.
+        return [m[1] if "." in name and (m := ENSEMBL.fullmatch(name)) else name for name in names]
     if features == "peak":
         return [PEAK.sub(lambda m: f"chr{m[1]}:{m[2]}-{m[3]}", name) for name in names]
     return [ANTIBODY.sub("", name) for name in names]

@@ -19,7 +19,7 @@ POOLED = ""
 
 @dataclass(frozen=True)
 class Counts:
-    """Raw counts of some cells in one modality, without zeros, each cell's features in rank order."""
+    """Raw counts of some cells in one modality, without zeros. `Tokenizer.rank` puts them in rank order."""
 
     offsets: np.ndarray
     """int64 [cells + 1]; cell i owns `ids[offsets[i]:offsets[i + 1]]`."""
@@ -98,11 +98,12 @@ class Vocabulary:
         return found
 
     def means(self, assay: str) -> np.ndarray:
-        """Non-zero mean count of each feature under `assay`, float64 [features].
+        """Non-zero mean count of each feature under `assay`, float64 [features], never 0.
 
-        Features that the assay never counted, and assays never seen, take the pooled mean.
+        Features that the assay never counted, and assays never seen, take the pooled mean; features
+        that were counted nowhere take 1.
         """
-        pooled = self.sums[POOLED] / np.maximum(self.nonzero[POOLED], 1)
+        pooled = np.maximum(self.sums[POOLED], 1) / np.maximum(self.nonzero[POOLED], 1)
         if assay not in self.sums:
             return pooled
         own = self.sums[assay] / np.maximum(self.nonzero[assay], 1)

@@ -18,19 +18,22 @@ class Decoder(nn.Module):
 
     reference: Tensor
 
-    def __init__(self, features: int, width: int) -> None:
+    def __init__(self, features: int, width: int, likelihood: str) -> None:
         super().__init__()
+        self.likelihood = likelihood
         self.enter = nn.Linear(width, width)
         self.leave = nn.Linear(width, width)
         self.feature = nn.Embedding(features, width)
         self.bias = nn.Parameter(torch.zeros(features))
-        self.dispersion = nn.Parameter(torch.ones(features))
+        if likelihood == "negative_binomial":
+            self.dispersion = nn.Parameter(torch.ones(features))
         self.slope = nn.Parameter(torch.ones(()))
         self.depth = nn.Linear(width, 1)
         self.register_buffer("reference", torch.zeros(()))
         nn.init.normal_(self.feature.weight, std=0.02)
         nn.init.zeros_(self.depth.weight)
-        nn.init.zeros_(self.depth.bias)
+        for layer in (self.enter, self.leave, self.depth):
+            nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def start(self, vocabulary: Vocabulary) -> None:
@@ -38,7 +41,7 @@ class Decoder(nn.Module):
         cells = max(1, vocabulary.cells[POOLED])
         sums = torch.from_numpy(vocabulary.sums[POOLED]).double()
         self.reference.fill_(vocabulary.log_depth)
-        if vocabulary.modality.likelihood == "bernoulli":
+        if self.likelihood == "bernoulli":
             share = torch.from_numpy(vocabulary.nonzero[POOLED]).double() / cells
             self.bias.copy_(torch.logit(share.clamp(1e-5, 1 - 1e-5)))
         else:
@@ -49,8 +52,8 @@ class Decoder(nn.Module):
         """Take over what `other` learnt, for cell vectors that are (its vector - mean) / spread."""
         self.load_state_dict(other.state_dict())
         for linear in (self.enter, self.depth):
-            linear.bias += linear.weight @ torch.from_numpy(mean).to(linear.weight)
-            linear.weight *= spread
+            linear.bias.add_(linear.weight @ torch.from_numpy(mean).to(linear.weight))
+            linear.weight.mul_(spread)
 
     def forward(self, cell: Tensor, ids: Tensor | None = None, log_depth: Tensor | None = None) -> Tensor:
         """Log rates or logits [cells, features asked for]; all features where `ids` is None.
@@ -71,16 +74,16 @@ class Decoder(nn.Module):
         return self.reference + self.depth(cell).squeeze(1)
 
     def negative_log_likelihood(
-        self, cell: Tensor, counts: Tensor, log_depth: Tensor, likelihood: str, ids: Tensor | None = None
+        self, cell: Tensor, counts: Tensor, log_depth: Tensor, ids: Tensor | None = None
     ) -> Tensor:
         """Sum over cells and asked features, plus the squared error of the predicted depth. Scalar.
 
-        `counts` [cells, asked features] are raw. Constants of the counts alone are left out.
+        `counts` [cells, asked features] are raw.
         The depth head learns from a detached vector, so depth does not shape the embedding
         beyond what the counts themselves say.
         """
         predicted = self(cell, ids, log_depth).float()
-        if likelihood == "bernoulli":
+        if self.likelihood == "bernoulli":
             fit = F.binary_cross_entropy_with_logits(predicted, (counts > 0).float(), reduction="sum")
         else:
             shape = F.softplus(self.dispersion if ids is None else self.dispersion[ids]) + 1e-4
@@ -89,10 +92,11 @@ class Decoder(nn.Module):
 
 
 def _negative_binomial(counts: Tensor, log_rate: Tensor, shape: Tensor) -> Tensor:
-    """-log NB(counts; mean exp(log_rate), inverse dispersion `shape`), without the log(counts!) term."""
+    """-log NB(counts; mean exp(log_rate), inverse dispersion `shape`)."""
     log_total = torch.logaddexp(log_rate, shape.log())
     return (
         torch.lgamma(shape)
+        + torch.lgamma(counts + 1)
         - torch.lgamma(counts + shape)
         + shape * (log_total - shape.log())
         + counts * (log_total - log_rate)

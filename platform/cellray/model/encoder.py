@@ -87,7 +87,6 @@ class Encoder(nn.Module):
         self.context = context
         self.feature = nn.Embedding(features, width)
         self.value = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
-        self.withheld = nn.Parameter(torch.zeros(width))
         self.cls = nn.Parameter(torch.zeros(width))
         self.depth = nn.Linear(1, width)
         self.bag = nn.Sequential(
@@ -99,7 +98,6 @@ class Encoder(nn.Module):
         self.register_buffer("reference", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
         nn.init.normal_(self.feature.weight, std=0.05)
-        nn.init.normal_(self.withheld, std=0.05)
         nn.init.normal_(self.cls, std=0.05)
 
     @torch.no_grad()
@@ -108,11 +106,13 @@ class Encoder(nn.Module):
         self.reference.fill_(vocabulary.log_depth)
         self.unit.fill_(vocabulary.typical)
 
-    def forward(self, tokens: Tokens) -> Encoded:
+    def forward(self, tokens: Tokens, withheld: Tensor | None = None) -> Encoded:
+        """`withheld` [width] stands where a value is hidden; it is needed where some are."""
         values = tokens.values.masked_fill(tokens.hidden, 0.0) / self.unit
-        x = self.feature(tokens.ids) + torch.where(
-            tokens.hidden[:, None], self.withheld, self.value(values[:, None])
-        )
+        said = self.value(values[:, None])
+        if withheld is not None:
+            said = torch.where(tokens.hidden[:, None], withheld, said)
+        x = self.feature(tokens.ids) + said
         weighted = F.embedding_bag(
             tokens.ids, self.feature.weight, tokens.offsets[:-1], mode="sum", per_sample_weights=values
         )

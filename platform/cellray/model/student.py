@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cellray.data.modalities import Modality
 from cellray.data.tokens import Vocabulary
 from cellray.model.decoder import Decoder
 
@@ -45,17 +46,21 @@ class Student(nn.Module):
     unit: Tensor
     """A typical value: values are read as multiples of it."""
 
-    def __init__(self, features: Mapping[str, int], *, width: int, hidden: int, blocks: int) -> None:
-        """`features` holds the number of features of every modality, "rna" among them."""
+    def __init__(
+        self, modalities: Mapping[str, tuple[Modality, int]], *, width: int, hidden: int, blocks: int
+    ) -> None:
+        """`modalities`: name -> (modality, number of features), "rna" among them."""
         super().__init__()
-        self.bag = nn.EmbeddingBag(features["rna"], width, mode="sum")
+        self.bag = nn.EmbeddingBag(modalities["rna"][1], width, mode="sum")
         self.depth = nn.Linear(1, width)
         self.lift = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
         self.blocks = nn.Sequential(*(Block(hidden) for _ in range(blocks)))
         self.joint = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width))
-        missing = [name for name in features if name != "rna"]
+        missing = [name for name in modalities if name != "rna"]
         self.impute = nn.ModuleDict({name: nn.Linear(hidden, 2 * width) for name in missing})
-        self.decoders = nn.ModuleDict({name: Decoder(size, width) for name, size in features.items()})
+        self.decoders = nn.ModuleDict(
+            {name: Decoder(size, width, m.likelihood) for name, (m, size) in modalities.items()}
+        )
         self.register_buffer("unit", torch.ones(()))
         nn.init.normal_(self.bag.weight, std=0.05)
 

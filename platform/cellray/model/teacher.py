@@ -40,16 +40,24 @@ class Fusion(nn.Module):
 
 
 class Heads(nn.Module):
-    """What stage 1 asks of the token states of one modality: value and detection at hidden places."""
+    """What stage 1 asks of the token states of one modality: value and detection at hidden places.
 
-    def __init__(self, width: int) -> None:
+    An open peak is open: under a Bernoulli likelihood there is no value to guess.
+    """
+
+    def __init__(self, width: int, likelihood: str) -> None:
         super().__init__()
-        self.value = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.withheld = nn.Parameter(torch.zeros(width))
+        nn.init.normal_(self.withheld, std=0.05)
+        self.valued = likelihood == "negative_binomial"
+        if self.valued:
+            self.value = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
         self.detection = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled value where counted, and logit of being counted, both [states]."""
-        return self.value(states).squeeze(1), self.detection(states).squeeze(1)
+    def forward(self, states: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Value in the encoder's unit, where counted, and logit of being counted, both [states]."""
+        value = self.value(states).squeeze(1) if self.valued else None
+        return value, self.detection(states).squeeze(1)
 
 
 class Teacher(nn.Module):
@@ -68,12 +76,13 @@ class Teacher(nn.Module):
         super().__init__()
         self.width = width
         self.names = tuple(modalities)
-        self.likelihoods = {name: m.likelihood for name, (m, _) in modalities.items()}
         self.encoders = nn.ModuleDict(
             {n: Encoder(size, width, layers, heads, m.context) for n, (m, size) in modalities.items()}
         )
-        self.heads = nn.ModuleDict({n: Heads(width) for n in modalities})
-        self.decoders = nn.ModuleDict({n: Decoder(size, width) for n, (_, size) in modalities.items()})
+        self.heads = nn.ModuleDict({n: Heads(width, m.likelihood) for n, (m, _) in modalities.items()})
+        self.decoders = nn.ModuleDict(
+            {n: Decoder(size, width, m.likelihood) for n, (m, size) in modalities.items()}
+        )
         self.fusion = Fusion(len(modalities), width, fusion_layers, heads)
         self.match = nn.ModuleDict({n: nn.Linear(width, width) for n in modalities})
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cellray.tasks.inputs import COMPONENTS, Scored, log_profiles, variable_genes
 
-PANEL_CELLS = 2500
+PANEL_CELLS = 2000
 """Most cells in a UMAP."""
 COLOURS = (
     "#3b6fb6", "#e07b39", "#3f9b6c", "#c94f5d", "#8a6bbf", "#a9744f", "#d883b7", "#6f7d8c", "#b5a72c",

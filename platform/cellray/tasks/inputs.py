@@ -81,6 +81,8 @@ class Scored:
             raise ValueError(f"embeddings are compared at one width, these have {widths}")
         if set(self.translate) != {"student", "random"}:
             raise ValueError(f"translate holds {sorted(self.translate)}; student and random are needed")
+        if self.targets is not None:
+            _check_targets(self.targets, self.cells["cell_id"])
         for dataset, modality in self.label_from.items():
             if modality not in names:
                 raise ValueError(
@@ -115,6 +117,18 @@ class Scored:
 
     def _of(self, dataset: str) -> np.ndarray:
         return np.asarray((self.cells["dataset"] == dataset).to_numpy() & self.present["rna"])
+
+
+def _check_targets(targets: pd.DataFrame, cell_ids: pd.Series) -> None:
+    if "cell_id" not in targets:
+        raise ValueError(f"targets lack the column cell_id; they have {list(targets)}")
+    if twice := targets["cell_id"][targets["cell_id"].duplicated()].head(3).tolist():
+        raise ValueError(f"targets name some cells twice, as {twice}; a cell has one row")
+    if not targets["cell_id"].isin(cell_ids).any():
+        raise ValueError(
+            f"targets share no cell with the store: theirs are as {targets['cell_id'].head(3).tolist()}, "
+            f"the store's as {cell_ids.head(3).tolist()}. A cell id is DATASET:NAME."
+        )
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,15 @@ def check(report: Mapping[str, Any]) -> None:
             raise ValueError(f"report has no {part!r}")
         if lacking := [key for key in keys if key not in held]:
             raise ValueError(f"report: {part} lacks {', '.join(lacking)}")
+    for part in ("stages", "scores"):
+        if not report.get(part):
+            raise ValueError(f"report: there are no {part}")
     for stage in report["stages"]:
         if lacking := [key for key in STAGE if key not in stage]:
             raise ValueError(f"report: stage {stage.get('name')!r} lacks {', '.join(lacking)}")
     endpoint = report["endpoint"]
     if any(endpoint[key] is None for key in NEEDED["endpoint"]) and not endpoint.get("reason"):
         raise ValueError("report: endpoint has no figures and no reason why")
-    if not report["scores"]:
-        raise ValueError("report: there are no scores")
     for row in report["scores"]:
         _check_row(row)
     _check_baselines(report["scores"])

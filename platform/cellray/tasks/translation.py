@@ -17,7 +17,8 @@ POSITIVES = 10
 
 
 def task_name(modality: Modality) -> str:
-    return f"RNA to {modality.name}"
+    written = modality.name.upper() if modality.name == "atac" else modality.name
+    return f"RNA to {written}"
 
 
 def baseline_names(modality: Modality) -> tuple[str, ...]:

@@ -23,12 +23,12 @@ def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
     origin = store.hash
     for modality in store.tokenizer.vocabularies:
         unimodal = Unimodal(
-            recipe.unimodal, teacher, store.tokenizer, modality, seed=recipe.seed, device=device
+            recipe.unimodal, teacher, run.tokenizer, modality, seed=recipe.seed, device=device
         )
         origin = _stage(unimodal, teacher, run, origin, train, emit, "unimodal" in wanted)
     if wanted == ["unimodal"]:
         return
-    joint = Joint(recipe.joint, teacher, store.tokenizer, seed=recipe.seed, device=device)
+    joint = Joint(recipe.joint, teacher, run.tokenizer, seed=recipe.seed, device=device)
     origin = _stage(joint, teacher, run, origin, train, emit, "joint" in wanted)
     if "distil" not in wanted:
         return
@@ -36,9 +36,9 @@ def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
     vectors = _vectors(teacher, run, origin, emit, device)
     for name in teacher.names:
         student.decoder(name).inherit(teacher.decoder(name), vectors.mean, vectors.spread)
-    view = View(recipe.distil, student, store.tokenizer, seed=recipe.seed, device=device)
+    view = View(recipe.distil, student, run.tokenizer, seed=recipe.seed, device=device)
     _stage(Distil(view, vectors), student, run, origin, train, emit, True)
-    view = View(recipe.distil, control, store.tokenizer, seed=recipe.seed, device=device)
+    view = View(recipe.distil, control, run.tokenizer, seed=recipe.seed, device=device)
     _stage(Control(view), control, run, store.hash, train, emit, True)
 
 

@@ -165,6 +165,7 @@ def run_stage(
             if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
                 checkpoint.save(folder, done, root, optimizer, {"key": key, "meter": vars(meter)})
                 saved = time.monotonic()
+                emit({"stage": stage.name, "saved": done})
     facts: dict[str, Any] = {
         "name": stage.name,
         "key": key,

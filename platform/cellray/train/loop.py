@@ -17,22 +17,35 @@ from cellray.train.run import Run
 
 
 class Board:
-    """Events of the workers, for whoever watches."""
+    """Events of the workers, for whoever watches; and whether they should stop."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.stopping = False
 
-    def push(self, event: Event) -> None:
+    def push(self, event: Event) -> bool:
+        """Note an event; True if the workers should stop."""
         self.events.append(event)
+        return self.stopping
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
         return events
 
+    def stop(self) -> None:
+        self.stopping = True
+
+    def stopped(self) -> bool:
+        return self.stopping
+
+
+class Stopped(Exception):
+    """The first worker was told to stop."""
+
 
 @contextlib.contextmanager
-def _watching(board: Any, on_event: Emit) -> Iterator[None]:
-    """Pass events on while the body runs, and those left at its end."""
+def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
+    """Pass events on while the body runs, and those left at its end; tell the workers when to stop."""
     import ray
 
     over = threading.Event()
@@ -40,6 +53,8 @@ def _watching(board: Any, on_event: Emit) -> Iterator[None]:
     def watch() -> None:
         while True:
             last = over.wait(0.25)
+            if stop.is_set():
+                ray.get(board.stop.remote())
             for event in ray.get(board.take.remote()):
                 on_event(event)
             if last:
@@ -59,23 +74,34 @@ def worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train.torch
 
-    recipe = from_json(config["recipe"])
+    board, recipe = config["board"], from_json(config["recipe"])
+    if ray.get(board.stopped.remote()):
+        return
     torch.set_num_threads(recipe.threads)
     device = str(ray.train.torch.get_device())
 
     def emit(event: Event) -> None:
-        if workers.rank() == 0:
-            ray.get(config["board"].push.remote(event))
+        if workers.rank() == 0 and ray.get(board.push.remote(event)):
+            raise Stopped
 
-    chain(Run(recipe), emit, device)
+    try:
+        chain(Run(recipe), emit, device)
+    except Stopped:
+        # The others wait for this one in an exchange. Failing ends them; all return when started again.
+        if workers.world() > 1:
+            raise
     ray.train.report({"finished": True})
 
 
-def train(recipe: Recipe, on_event: Emit = lambda event: None) -> None:
+def train(
+    recipe: Recipe, on_event: Emit = lambda event: None, *, stop: threading.Event | None = None
+) -> None:
     """Run the chain on Ray Train; Ray must be connected. `on_event` hears of progress, in this process.
 
     Running it again goes on where it stopped. Workers that die are started again and resume
-    from the newest checkpoint.
+    from the newest checkpoint. Setting `stop`, from another thread, ends it before it is done.
+    Killing this process ends the workers too, but where Ray has no dashboard their CPUs stay
+    taken until the whole job ends.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -85,7 +111,10 @@ def train(recipe: Recipe, on_event: Emit = lambda event: None) -> None:
     run.claim()
     _ = run.test
     board: Any = ray.remote(num_cpus=0)(Board).remote()
-    with tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch, _watching(board, on_event):
+    with (
+        tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch,
+        _watching(board, on_event, stop or threading.Event()),
+    ):
         trainer = TorchTrainer(
             worker,
             train_loop_config={"recipe": to_json(recipe) | {"run": run.url}, "board": board},

@@ -11,7 +11,7 @@ RUN/bundle/  RUN/report.json  RUN/report.html
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from cellray.data import storage
 from cellray.data.split import held_out
 from cellray.data.store import Store
+from cellray.data.tokens import Tokenizer
 from cellray.model.student import Student
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
@@ -53,6 +54,24 @@ class Run:
     @cached_property
     def store(self) -> Store:
         return Store(self.store_url)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The store's tokenizer, with the recipe's own settings of what does not decide a token.
+
+        Of two runs on one store, each may choose its context and likelihood.
+        """
+        mine = {m.name: m for m in self.recipe.modalities}
+        found = {
+            name: replace(v, modality=mine[name]) for name, v in self.store.tokenizer.vocabularies.items()
+        }
+        tokenizer = Tokenizer(found)
+        if tokenizer.hash != self.store.tokenizer.hash:
+            raise ValueError(
+                f"{self.path('store')} was tokenized with other settings of its modalities: "
+                "ingest into another run"
+            )
+        return tokenizer
 
     def claim(self) -> None:
         """Write the recipe into the run's folder, or check that it is the one there already."""
@@ -110,7 +129,7 @@ class Run:
     def teacher(self) -> Teacher:
         """The teacher before training: the same numbers for the same recipe and store."""
         n = self.recipe.network
-        vocabularies = self.store.tokenizer.vocabularies
+        vocabularies = self.tokenizer.vocabularies
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.recipe.seed)
             teacher = Teacher(
@@ -126,11 +145,11 @@ class Run:
     def student(self) -> Student:
         """The student before training: the same numbers for the same recipe and store."""
         s = self.recipe.student
-        vocabularies = self.store.tokenizer.vocabularies
+        vocabularies = self.tokenizer.vocabularies
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.recipe.seed + 1)
             student = Student(
-                {name: len(v) for name, v in vocabularies.items()},
+                {name: (v.modality, len(v)) for name, v in vocabularies.items()},
                 width=self.recipe.network.width,
                 hidden=s.hidden,
                 blocks=s.blocks,

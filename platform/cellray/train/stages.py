@@ -84,7 +84,7 @@ def decoding(
     wanted = targets(counts, len(vocabulary), asked, device)
     depth = torch.from_numpy(np.log1p(counts.total).astype(np.float32)).to(device)
     ids = None if asked is None else torch.from_numpy(asked).to(device)
-    fit = decoder.negative_log_likelihood(cell, wanted, depth, vocabulary.modality.likelihood, ids)
+    fit = decoder.negative_log_likelihood(cell, wanted, depth, ids)
     return Loss(fit, float((wanted > 0).sum()), weight)
 
 
@@ -130,9 +130,9 @@ class Unimodal:
             keys=(self.seed, step),
             device=self.device,
         )
-        encoder = self.teacher.encoder(name)
-        encoded = encoder(tokens)
-        value, detected = self.teacher.heads[name](encoded.states[at])
+        encoder, heads = self.teacher.encoder(name), self.teacher.heads[name]
+        encoded = encoder(tokens, heads.withheld)
+        value, detected = heads(encoded.states[at])
         counted = truth > 0
         rebuilt = decoding(
             self.teacher.decoder(name),
@@ -149,7 +149,7 @@ class Unimodal:
             ),
             "reconstruction": rebuilt,
         }
-        if self.modality.likelihood != "bernoulli":  # an open peak is open: there is no value to guess
+        if value is not None:
             error = ((value.float() - truth / encoder.unit).square() * counted).sum()
             found["value"] = Loss(error, float(counted.sum()))
         return found

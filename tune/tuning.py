@@ -1,6 +1,9 @@
-"""What the driver of a sweep hears of its trials: it shows them, and writes down how they ended."""
+"""What Ray Tune runs and tells: the attempt at a trial, and who watches all of them."""
 
 import json
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -8,7 +11,57 @@ from ray import tune
 
 from cellray.data import storage
 from cellray.train.progress import Progress
-from tune.trial import Trial, folder, spell
+from cellray.train.recipe import from_json, override
+from tune.trial import Judge, Report, Trial, folder, read_reports, spell
+
+
+class Attempt(tune.Trainable):
+    """Trains with the settings in `config["drawn"]`; each step is a report of the judged stage.
+
+    An attempt at a trial of an interrupted sweep first tells again what was told then, so that the
+    others are compared with it, and goes on from its checkpoint if it has not ended. Training is
+    stopped, not killed: a killed driver leaves the CPUs of its workers taken.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.run = folder(config["run"], config["drawn"]["trial"])
+        self.reports: queue.Queue[Report] = queue.Queue()
+        self.stopping = threading.Event()
+        self.pool = ThreadPoolExecutor(1)
+        before = read_reports(self.run)
+        for report in before:
+            self.reports.put(report)
+        self.ended = storage.exists(storage.join(self.run, "outcome.json"))
+        if not self.ended:
+            self.training = self.pool.submit(self._train, config, before)
+
+    def _train(self, config: dict[str, Any], before: list[Report]) -> None:
+        from cellray.train.loop import train
+
+        recipe = override(from_json(config["recipe"]), config["drawn"]["settings"] | {"run": self.run})
+        train(recipe, Judge(config["stage"], before, self._tell), stop=self.stopping)
+
+    def _tell(self, reports: list[Report]) -> None:
+        storage.write_bytes(storage.join(self.run, "reports.json"), json.dumps(reports).encode())
+        self.reports.put(reports[-1])
+
+    def step(self) -> dict[str, Any]:
+        report = self._next()
+        last = report["percent"] == 100 or (self.ended and self.reports.empty())
+        return {**report, "done": last}
+
+    def _next(self) -> Report:
+        while True:
+            try:
+                return self.reports.get(timeout=0.2)
+            except queue.Empty:
+                if self.training.done():
+                    self.training.result()  # raises what went wrong
+                    raise RuntimeError(f"{self.run} ended without a loss") from None
+
+    def cleanup(self) -> None:
+        self.stopping.set()
+        self.pool.shutdown()
 
 
 class Watch(tune.Callback):

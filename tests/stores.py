@@ -1,0 +1,68 @@
+"""A store of simulated cells, written without Ray, and a small run on it."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+
+from cellray.data import storage
+from cellray.data.modalities import BUILT_IN
+from cellray.data.store import ABOUT, cell_table, encode_shard
+from cellray.data.tokens import POOLED, Tokenizer, Vocabulary
+from cellray.data.truth import Simulation, cells_of, gene_ids, peak_ids, protein_ids
+from cellray.train.recipe import load, override
+from cellray.train.run import Run
+
+SIMULATION = Simulation(cells=400, genes=120, peaks=150, proteins=12, types=4, donors=5, seed=3)
+
+
+def write(folder, simulation=SIMULATION, shard=150):
+    """A store with every simulated cell, in the simulator's order, `shard` cells a shard."""
+    cells = cells_of(simulation, 0, simulation.cells)
+    names = {"rna": gene_ids(simulation), "atac": peak_ids(simulation), "protein": protein_ids(simulation)}
+    vocabularies, present = {}, cells.present.astype(np.uint32)
+    for bit, modality in enumerate(BUILT_IN):
+        has = (present >> bit) & 1
+        matrix = cells.counts[modality.name].tocsc()
+        sums = {POOLED: np.asarray(matrix.sum(axis=0)).ravel().astype(np.int64)}
+        nonzero = {POOLED: np.diff(matrix.indptr).astype(np.int64)}
+        features = tuple(names[modality.name])
+        vocabularies[modality.name] = Vocabulary(
+            modality, features, ("",) * len(features), sums, nonzero, {POOLED: int(has.sum())}
+        )
+    tokenizer = Tokenizer(vocabularies)
+    counts = {}
+    for name in vocabularies:
+        matrix = cells.counts[name].tocsr()
+        depth = np.asarray(matrix.sum(axis=1)).ravel()
+        counts[name] = tokenizer.rank(name, matrix, depth, [""] * simulation.cells)
+    about = {name: [""] * simulation.cells for name in ABOUT}
+    about |= {"dataset": ["sim"] * simulation.cells, "donor": cells.donor.astype(str).tolist()}
+    about["label"] = cells.cell_type.astype(str).tolist()
+    ids = [f"sim:c{i}" for i in range(simulation.cells)]
+    table = cell_table(tokenizer, ids, about, present, counts)
+    shards: list = []
+    for first in range(0, len(table), shard):
+        part = table.slice(first, shard)
+        data = encode_shard(part)
+        name = f"{len(shards):05d}-{storage.sha256(data)}.arrow"
+        storage.write_bytes(storage.join(folder, "shards", name), data)
+        shards.append({"name": name, "sha256": storage.sha256(data), "bytes": len(data), "rows": len(part)})
+    sink = io.BytesIO()
+    words = tokenizer.to_arrow()
+    with pa.ipc.new_file(sink, words.schema) as writer:
+        writer.write_table(words)
+    digest = storage.sha256(sink.getvalue())
+    storage.write_bytes(storage.join(folder, f"vocabulary-{digest}.arrow"), sink.getvalue())
+    vocabulary = {"name": f"vocabulary-{digest}.arrow", "sha256": digest}
+    manifest = {"version": 1, "vocabulary": vocabulary, "shards": shards}
+    storage.write_bytes(storage.join(folder, "store.json"), json.dumps(manifest).encode())
+
+
+def run(folder, **changes):
+    """A run of the tiny recipe on such a store, in `folder`."""
+    recipe = override(load("pipelines.recipes.tiny:recipe"), {"run": str(folder), **changes})
+    if not storage.exists(storage.join(str(folder), "store", "store.json")):
+        write(storage.join(str(folder), "store"))
+    return Run(recipe)
