@@ -46,13 +46,24 @@ def main(
 ) -> int:
     """Exit code of `run` on the recipe and options that the command line gives.
 
-    A ValueError becomes one line on the error stream and 2, an interrupt from the keyboard 130.
     Use it as `sys.exit(main("What it does.", run))`.
     """
-    try:
+
+    def work() -> int | None:
         recipe, options = parse(description, sys.argv[1:] if argv is None else argv)
+        return run(recipe, options)
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Exit code of `work`, which may import Ray.
+
+    A ValueError becomes one line on the error stream and 2, an interrupt from the keyboard 130.
+    """
+    try:
         cluster.prepare()
-        return run(recipe, options) or 0
+        return work() or 0
     except ValueError as error:
         # An error from a Ray task is of both types; its cause is the bare message.
         print(f"error: {getattr(error, 'cause', None) or error}", file=sys.stderr)
@@ -76,9 +87,7 @@ def parse(description: str, argv: Sequence[str]) -> tuple[Recipe, Options]:
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that change the recipe")
     parser.add_argument("-h", "--help", action="store_true", help="show this, with all settings")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; do nothing")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--plain", action="store_true", help="progress as plain lines, in a terminal too")
-    how.add_argument("--quiet", action="store_true", help="no progress")
+    add_progress(parser)
     args = parser.parse_intermixed_args(argv)
     if args.recipe is None and not args.help:
         parser.error("RECIPE is missing, as in pipelines.recipes.demo:recipe")
@@ -87,8 +96,18 @@ def parse(description: str, argv: Sequence[str]) -> tuple[Recipe, Options]:
     if args.help:
         print(parser.format_help() + "\n" + describe(recipe, shutil.get_terminal_size().columns))
         raise SystemExit(0)
-    mode: Mode = "plain" if args.plain else "quiet" if args.quiet else "auto"
-    return recipe, Options(dry_run=args.dry_run, progress=mode)
+    return recipe, Options(dry_run=args.dry_run, progress=progress_mode(args))
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """Add --plain and --quiet; `progress_mode` says which was given."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--plain", action="store_true", help="progress as plain lines, in a terminal too")
+    how.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def progress_mode(args: argparse.Namespace) -> Mode:
+    return "plain" if args.plain else "quiet" if args.quiet else "auto"
 
 
 def changes(words: Sequence[str]) -> dict[str, Any]:

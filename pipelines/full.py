@@ -16,7 +16,7 @@ from pipelines.ask import ask
 from pipelines.command import Options, main
 from pipelines.export import export
 from pipelines.pretrain import pretrain
-from pipelines.score import gather, saved, score, student_facts
+from pipelines.score import CPUS, gather, saved, score, silent, student_facts
 
 
 def run(recipe: Recipe, options: Options) -> None:
@@ -31,40 +31,37 @@ def run(recipe: Recipe, options: Options) -> None:
 
 def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """The whole path; what report.json holds. What an earlier, killed run finished is not done again."""
+    import ray
+
     from cellray.data.ingest import ingest
+    from cellray.tasks import figures
     from cellray.train.run import Run
 
     run = Run(recipe)
     with cluster.connect(threads=recipe.threads):
         run.claim()
-        ingested = ingest(recipe, run.path("store"), ingesting.Steps(progress))
+        ingested = ingest(recipe, run.store_url, ingesting.Steps(progress))
         pretrain(recipe, progress)
         scored = gather(run)
-        score(run, scored=scored, progress=Steps(progress))
+        panels = ray.remote(num_cpus=CPUS)(figures.panels).remote(scored, silent)
+        score(run, scored, progress)
         export(run)
         line = progress.stage("endpoint", 1, unit="model")
         endpoint = ask(run)
         line.finish(
             f"{endpoint['requests']} requests, {endpoint['failed']} failed, p50 {endpoint['p50_ms']} ms"
         )
-    return write_report(run, scored, ingested, endpoint, progress)
-
-
-class Steps:
-    """Shows what scoring says it is doing: one line that names the step."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def __call__(self, text: str) -> None:
-        self.progress.say(f"score        {text}")
+        line = progress.stage("report", 1, unit="page")
+        whole = write_report(run, ingested, endpoint, ray.get(panels))
+        line.finish()
+    return whole
 
 
 def write_report(
-    run: Any, scored: Any, ingested: dict[str, Any], endpoint: dict[str, Any], progress: Progress
+    run: Any, ingested: dict[str, Any], endpoint: dict[str, Any], panels: list[Any]
 ) -> dict[str, Any]:
-    """RUN/report.json and RUN/report.html."""
-    from cellray.tasks import figures, page, report
+    """RUN/report.json and RUN/report.html; returns what the former holds."""
+    from cellray.tasks import page, report
     from cellray.train import checkpoint
 
     stages, curves = [], []
@@ -85,7 +82,6 @@ def write_report(
         scores=saved(run),
         endpoint=endpoint,
     )
-    panels = figures.panels(scored, Steps(progress))
     html = page.page(whole, metrics=curves, panels=panels, title=run.recipe.run)
     report.write(run.url, whole, html)
     return whole

@@ -1,4 +1,4 @@
-"""Atlas to token store: `python -m pipelines.ingest RECIPE [key=value …]`. The store goes to RUN/store."""
+"""Atlas to token store: `python -m pipelines.ingest RECIPE [key=value …]`, into RUN/store or `store=`."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipelines.command import Options, main
 
 def run(recipe: Recipe, options: Options) -> int:
     """Ingest the recipe's atlas and print what became of it. A dry run only looks at the files."""
-    url = storage.join(recipe.run, "store")
+    url = recipe.store or storage.join(recipe.run, "store")
     if options.dry_run:
         print(foreseen(recipe, url))
         return 0

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from cellray import cluster
 from cellray.data import storage
+from cellray.train.progress import Progress
 from cellray.train.recipe import Recipe
 from pipelines.command import Options, main
 from pipelines.export import has_rna, some
 
 MOST = 20_000
 """Most held-out cells, and most training cells, that are scored and fitted on."""
+CPUS = 2
+"""Of the cluster's, for one task: a laptop's Ray counts four for its two cores."""
 TIMED = 2_000
 """Most cells the student's speed is measured on."""
 
@@ -27,16 +31,34 @@ def run(recipe: Recipe, options: Options) -> None:
     if options.dry_run:
         print(f"would score the run in {where.url} on its held-out cells, over {recipe.score.seeds} seeds")
         return
-    print(report.table(score(where, progress=lambda text: print(text, file=sys.stderr))))
+    with cluster.connect(), Progress(options.progress) as progress:
+        rows = score(where, gather(where), progress)
+    print(report.table(rows))
 
 
-def score(run: Any, *, progress: Callable[[str], None], scored: Any = None) -> list[dict[str, Any]]:
-    """Rows of scores, also written to RUN/scores.json."""
+def score(run: Any, scored: Any, progress: Progress) -> list[dict[str, Any]]:
+    """Rows of scores, also written to RUN/scores.json. Every task on every data set is a Ray task."""
+    import ray
+
     from cellray.tasks import score as tasks
 
-    rows = tasks.score(scored or gather(run), run.recipe.score, progress)
-    storage.write_bytes(run.path("scores.json"), json.dumps(rows, indent=1).encode())
-    return rows
+    work = tasks.units(scored)
+    line = progress.stage("score", len(work), unit="tasks")
+    shared, task = ray.put(scored), ray.remote(num_cpus=CPUS)(tasks.score_unit)
+    pending = {task.remote(shared, unit, run.recipe.score, silent): i for i, unit in enumerate(work)}
+    rows: list[list[dict[str, Any]]] = [[] for _ in work]
+    while pending:
+        (ready,), _ = ray.wait(list(pending))
+        rows[pending.pop(ready)] = ray.get(ready)
+        line.update(len(work) - len(pending))
+    line.finish()
+    flat = [row for part in rows for row in part]
+    storage.write_bytes(run.path("scores.json"), json.dumps(flat, indent=1).encode())
+    return flat
+
+
+def silent(text: str) -> None:
+    """Scoring tells its steps to whoever listens; in a task nobody does."""
 
 
 def saved(run: Any) -> list[dict[str, Any]]:

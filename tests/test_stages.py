@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -162,3 +163,17 @@ def test_teacher_vectors_are_joined_by_cell_id_whatever_their_order(run):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="have no teacher vector"):
         TeacherVectors(table.slice(1), ids)
+
+
+def test_what_is_asked_takes_half_of_a_short_context(run):
+    counts, rows = run.store.read(np.arange(60)).counts["rna"], np.arange(60)
+    short = dataclasses.replace(RNA, context=16)
+    tokens, at, truth = masked_tokens(counts, rows, short, 120, mask=(0.4, 0.4), zeros=0.5, keys=(1, 2))
+    for i in range(60):
+        first, last = int(tokens.offsets[i]), int(tokens.offsets[i + 1])
+        within = tokens.hidden[first : min(last, first + 16)]
+        seen = int((~tokens.hidden[first:last]).sum())
+        assert int(within.sum()) <= max(8, 16 - seen)
+    asked = truth > 0  # hidden values and absent features are asked in the shares they have in all
+    assert 0.5 < float(asked.float().mean()) < 0.8
+    assert at.max() < tokens.offsets[-1]

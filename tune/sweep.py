@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen is None:
         print(f"error: no trial finished; see {storage.join(recipe.run, 'sweep.json')}", file=sys.stderr)
         return 1
-    given = [word for word in args.settings if not word.startswith(("sweep.", "run=", "store="))]
+    fixed = [word for word in args.settings if not word.startswith(("sweep.", "run=", "store="))]
+    given = [word for word in fixed if word.partition("=")[0] not in space]
     words = [args.recipe, *given, f"@{storage.join(recipe.run, 'best.json')}"]
     words += [f"run={recipe.run}-best", f"store={recipe.store or storage.join(recipe.run, 'store')}"]
     print(f"\nThe best is {chosen.trial}. A run with its settings:\n")

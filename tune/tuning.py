@@ -2,6 +2,7 @@
 
 import json
 import queue
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -24,6 +25,8 @@ class Attempt(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
+        # When the sweep ends, the last attempt may be killed in its cleanup; this folder goes with Ray's.
+        tempfile.tempdir = self.logdir
         self.run = folder(config["run"], config["drawn"]["trial"])
         self.reports: queue.Queue[Report] = queue.Queue()
         self.stopping = threading.Event()

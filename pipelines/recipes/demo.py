@@ -16,8 +16,9 @@ def recipe() -> Recipe:
         feed=Feed(cells=64, tokens=32_768),
         network=replace(base.network, width=64, layers=2, heads=2),
         student=replace(base.student, hidden=128),
-        unimodal=replace(base.unimodal, epochs=2.0),
-        joint=replace(base.joint, epochs=3.0),
-        distil=replace(base.distil, epochs=15.0),
+        modalities=tuple(replace(m, context=128) for m in base.modalities),
+        unimodal=replace(base.unimodal, epochs=1.0),
+        joint=replace(base.joint, epochs=2.0),
+        distil=replace(base.distil, epochs=12.0),
         score=replace(base.score, targets="runs/demo/atlas/truth.csv"),
     )

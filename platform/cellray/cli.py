@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from cellray.data.reading import Source
-    from cellray.embedder import Embedder
+    from cellray.answers import Answer
 
 SUFFIXES = {
     "embed": (".h5ad", ".parquet", ".arrow", ".npz"),
@@ -54,21 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--output", required=True, metavar="OUT", help=f"what to write: {', '.join(SUFFIXES[name])}"
         )
-        _reading(added)
+        add_reading(added)
         added.add_argument(
-            "--chunk", type=_positive, default=2048, metavar="N", help="cells read at a time (2048)"
+            "--chunk", type=positive, default=2048, metavar="N", help="cells read at a time (2048)"
         )
         added.add_argument("--quiet", action="store_true", help="show no progress")
     shown = verb("inspect", inspect, "What a bundle, a token store or a file of cells holds.")
     shown.add_argument("path", metavar="BUNDLE|STORE|FILE", help="path or URL")
-    _reading(shown)
+    add_reading(shown)
     checked = verb("validate", validate, "Check every hash of a bundle or store, every count of a file.")
     checked.add_argument("path", metavar="BUNDLE|STORE|FILE", help="path or URL")
-    _reading(checked)
+    add_reading(checked)
     return parser
 
 
-def _reading(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add --layer and --names, which say where in a file counts and gene ids are."""
     parser.add_argument(
         "--layer",
         default="",
@@ -80,7 +80,8 @@ def _reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The whole number of 1 or more in `text`, as a type for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
     return int(text)
@@ -90,82 +91,49 @@ def embed(options: argparse.Namespace) -> int:
     """Write the embeddings of all cells of a file."""
     _check_suffix(options.output, "embed")
 
-    def answer(model: "Embedder", counts: Any) -> dict[str, "np.ndarray"]:
-        said = model.embed(counts)
-        return {"embedding": said.vectors, "ood": said.ood}
+    from cellray.answers import embedding
 
-    return _answer("embed", options, answer)
+    return _answer("embed", options, embedding)
 
 
 def annotate(options: argparse.Namespace) -> int:
     """Write the labels of all cells of a file."""
     _check_suffix(options.output, "annotate")
+    from cellray.answers import annotation
 
-    def answer(model: "Embedder", counts: Any) -> dict[str, "np.ndarray"]:
-        said = model.annotate(counts)
-        return {"label": said.labels, "confidence": said.confidence, "ood": said.ood}
-
-    return _answer("annotate", options, answer)
+    return _answer("annotate", options, annotation)
 
 
-def _answer(
-    name: str,
-    options: argparse.Namespace,
-    answer: Callable[["Embedder", Any], dict[str, "np.ndarray"]],
-) -> int:
+def _answer(name: str, options: argparse.Namespace, answer: "Answer") -> int:
     import time
 
-    import numpy as np
-
     from cellray import bundle
-    from cellray.data.reading import open_source
-    from cellray.embedder import INPUT, tokens_from
+    from cellray.answers import answers, open_cells
     from cellray.train.progress import Progress
 
     model = bundle.load(options.bundle)
-    parts: list[dict[str, np.ndarray]] = []
     with (
-        open_source(options.file, modality=INPUT, layer=options.layer, names=options.names) as source,
+        open_cells(options.file, layer=options.layer, names=options.names) as source,
         Progress("quiet" if options.quiet else "auto") as progress,
     ):
         cells = len(source.cell_names)
-        if not cells:
-            raise ValueError(f"{options.file} has no cells")
-        genes = _genes(source, model)
         line = progress.stage(name, cells, unit="cells")
-        started, kept, depth = time.monotonic(), 0.0, 0
-        for start in range(0, cells, options.chunk):
-            stop = min(start + options.chunk, cells)
-            rows = source.rows(start, stop)
-            counts, match = tokens_from(model.tokenizer, rows, genes, where=source.where)
-            parts.append(answer(model, counts) | {"genes": match.genes, "kept": match.kept})
-            kept += match.share * int(counts.total.sum())
-            depth += int(counts.total.sum())
-            line.update(stop, cells_per_second=stop / max(time.monotonic() - started, 1e-9))
+        started = time.monotonic()
+
+        def show(done: int) -> None:
+            line.update(done, cells_per_second=done / max(time.monotonic() - started, 1e-9))
+
+        said = answers(model, source, answer, 0, cells, rows=options.chunk, on_rows=show)
         line.finish()
-        columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        about = {"model": model.hash, **match.summary(), "counts_kept": kept / max(depth, 1)}
-        _write(options.output, source.cell_names, columns, about)
+        about = {"model": model.hash, **said.about}
+        _write(options.output, source.cell_names, said.columns, about)
         progress.say(
-            f"{options.output}: {cells:,} cells, {match.known:,} of {match.sent:,} genes known, "
-            f"{about['counts_kept']:.0%} of the counts kept, {(columns['ood'] > 0.99).mean():.1%} of the "
-            "cells further out than 99 % of the training cells"
+            f"{options.output}: {cells:,} cells, {about['genes_known']:,} of {about['genes_sent']:,} genes "
+            f"known, {about['counts_kept']:.0%} of the counts kept, "
+            f"{(said.columns['ood'] > 0.99).mean():.1%} of the cells further out than 99 % of the training "
+            "cells"
         )
     return 0
-
-
-def _genes(source: "Source", model: "Embedder") -> list[str]:
-    """The names of the genes by which the model knows most of them: ids, or the file's second names."""
-    from cellray.data.modalities import normalise_names
-    from cellray.embedder import INPUT
-
-    index = model.tokenizer.vocabularies[INPUT].index
-    ids, symbols = source.feature_names.tolist(), source.symbols.tolist()
-
-    def known(names: list[str]) -> int:
-        return sum(name in index for name in normalise_names(names, "gene"))
-
-    return max(ids, symbols, key=known)
 
 
 def _check_suffix(output: str, verb: str) -> None:
@@ -198,9 +166,9 @@ def _write(output: str, cells: "np.ndarray", columns: dict[str, "np.ndarray"], a
     else:
         import json
 
-        table = pa.table(
-            {"cell_id": pa.array(cells.astype(str)), **{k: _column(v) for k, v in columns.items()}}
-        )
+        from cellray.answers import arrow
+
+        table = arrow({"cell_id": cells.astype(str), **columns})
         table = table.replace_schema_metadata({"cellray": json.dumps(about)})
         if suffix == ".parquet":
             pq.write_table(table, sink)
@@ -208,14 +176,6 @@ def _write(output: str, cells: "np.ndarray", columns: dict[str, "np.ndarray"], a
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
     storage.write_bytes(output, sink.getvalue())
-
-
-def _column(values: "np.ndarray") -> Any:
-    import pyarrow as pa
-
-    if values.ndim == 1:
-        return pa.array(values)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
 def _h5ad(cells: "np.ndarray", columns: dict[str, "np.ndarray"], about: dict[str, Any]) -> bytes:
@@ -332,10 +292,9 @@ def _inspect_store(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect_file(options: argparse.Namespace) -> dict[str, Any]:
-    from cellray.data.reading import open_source
-    from cellray.embedder import INPUT
+    from cellray.answers import open_cells
 
-    with open_source(options.path, modality=INPUT, layer=options.layer, names=options.names) as source:
+    with open_cells(options.path, layer=options.layer, names=options.names) as source:
         shown = {
             "file": options.path,
             "cells": f"{len(source.cell_names):,}, such as {', '.join(source.cell_names[:3])}",
@@ -366,10 +325,9 @@ def _validate_store(options: argparse.Namespace) -> str:
 
 
 def _validate_file(options: argparse.Namespace) -> str:
-    from cellray.data.reading import open_source
-    from cellray.embedder import INPUT
+    from cellray.answers import open_cells
 
-    with open_source(options.path, modality=INPUT, layer=options.layer, names=options.names) as source:
+    with open_cells(options.path, layer=options.layer, names=options.names) as source:
         cells = len(source.cell_names)
         total = sum(
             int(source.rows(start, min(start + 2048, cells)).sum()) for start in range(0, cells, 2048)

@@ -130,21 +130,27 @@ class Embedder:
 
     def annotate(self, counts: Counts) -> Annotations:
         """Labels of cells given by their RNA tokens. ValueError if the model was trained without labels."""
-        head = self.head
-        if head is None:
+        if self.head is None:
             raise ValueError(
                 "this model gives no labels: its training cells had none. Use `embed`, or export a model "
                 "from an atlas that names a label column."
             )
+        head = self.head
         probabilities, ood = self._run(
             counts, lambda x: (head.probabilities(x).float().numpy(), self.reference.score(x))
         )
-        empty = counts.lengths == 0
-        best = probabilities.argmax(axis=1)
-        labels = np.where(empty, "", np.asarray(head.classes, dtype=str)[best])
-        confidence = np.where(empty, np.float32(0), probabilities[np.arange(len(best)), best])
-        ood[empty] = 1
-        return Annotations(labels, confidence, probabilities, ood)
+        return _annotations(head, probabilities, ood, counts)
+
+    def embed_and_annotate(self, counts: Counts) -> tuple[Embeddings, Annotations | None]:
+        """What `embed` and `annotate` say, in one pass of the network; None if the model gives no labels."""
+        if self.head is None:
+            return self.embed(counts), None
+        head = self.head
+        vectors, probabilities, ood = self._run(
+            counts, lambda x: (x.numpy(), head.probabilities(x).float().numpy(), self.reference.score(x))
+        )
+        said = _annotations(head, probabilities, ood, counts)
+        return Embeddings(vectors, said.ood), said
 
     def translate(self, counts: Counts, modality: str) -> np.ndarray:
         """Every feature of `modality` as RNA tokens suggest it, float32 [cells, features].
@@ -203,6 +209,15 @@ def _run(student: Student, tokenizer: Tokenizer, counts: Counts, answer: Answer)
             whole = answer(_embed_chunk(student, part, scale))
         parts.append([array[: len(part)] for array in whole])
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _annotations(head: Head, probabilities: np.ndarray, ood: np.ndarray, counts: Counts) -> Annotations:
+    """The best class of each cell; none, and as unusual as can be, for a cell without tokens."""
+    empty = counts.lengths == 0
+    best = probabilities.argmax(axis=1)
+    labels = np.where(empty, "", np.asarray(head.classes, dtype=str)[best])
+    confidence = np.where(empty, np.float32(0), probabilities[np.arange(len(best)), best])
+    return Annotations(labels, confidence, probabilities, np.where(empty, np.float32(1), ood))
 
 
 def _some(counts: Counts, first: int, stop: int) -> Counts:

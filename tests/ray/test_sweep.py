@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from ray import tune
 
 from cellray.data.simulate import simulate
@@ -185,6 +186,13 @@ def test_a_sweep_finds_the_better_settings_and_writes_them_as_overrides(swept):
     assert [row["state"] for row in told["trials"]] == [t.state for t in trials]
 
 
+def test_a_trial_that_was_stopped_gives_its_cpus_back(swept):
+    until = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 4.0:
+        assert time.monotonic() < until, ray.available_resources()
+        time.sleep(0.2)
+
+
 def test_all_trials_read_one_store(swept):
     made, _ = swept
     run = Path(made.run)
@@ -222,13 +230,22 @@ def test_an_interrupted_sweep_keeps_what_ended_and_tells_why_a_trial_failed(swep
     assert json.loads(Path(made.run, "best.json").read_text()) == trials[0].settings
 
 
+@pytest.fixture
+def short():
+    """A folder for what a killed Ray leaves; sockets in it need a short path."""
+    folder = Path(f"/tmp/k{os.getpid() % 10**6}")
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on_with_the_same_command(atlas, tmp_path, root):
+def test_a_sweep_that_was_killed_goes_on_with_the_same_command(atlas, tmp_path, root, short):
     here = "tests.ray.test_sweep"
     args = [sys.executable, "-m", "tune.sweep", f"{here}:recipe", f"{here}:hopeless",
             f"dataset.rna={atlas}/cite_rna.h5ad", f"run={tmp_path}/run", "sweep.stage=unimodal-rna",
             "sweep.trials=2", "unimodal.epochs=60", "checkpoint_seconds=0.5"]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": f"{root}/platform:{root}"}
+    env = os.environ | {"PYTHONPATH": f"{root}/platform:{root}", "TMPDIR": str(short)}
     first = subprocess.Popen(args, cwd=root, env=env, start_new_session=True)
     waiting = time.monotonic() + 240
     while not (tmp_path / "run/trials/000/checkpoints").exists():

@@ -345,10 +345,15 @@ def execute(calls: Sequence[Callable[[], None]]):  # type: ignore[no-untyped-def
     """Do `calls` in parallel with Ray Data; (index, error or "") of each, as they get done."""
     if not calls:
         return
+    hush()
+    dataset = ray.data.read_datasource(Tasks(calls), override_num_blocks=len(calls))
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from zip(table["index"].to_pylist(), table["error"].to_pylist(), strict=True)
+
+
+def hush() -> None:
+    """Keep Ray Data, in this process, from drawing bars of its own and from telling of its plans."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = ray.data.read_datasource(Tasks(calls), override_num_blocks=len(calls))
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from zip(table["index"].to_pylist(), table["error"].to_pylist(), strict=True)

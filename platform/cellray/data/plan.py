@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellray.data import reading
 from cellray.data.atlas import FIELDS, File, files
 from cellray.data.formats import opened
 from cellray.data.lineage import identity
@@ -230,9 +229,6 @@ def _part(file: File, source: Source, cells: np.ndarray, recipe: Recipe) -> Part
     names = np.array(normalise_names(source.feature_names.tolist(), kind), dtype=object)
     columns, features = pd.factorize(names)
     first = np.unique(columns, return_index=True)[1]
-    step = recipe.ingest.unit_cells
-    if source.by_column:
-        step = max(step, len(cells) * reading.KEPT // max(1, source.stored))
     return Part(
         file=file,
         cells=cells,
@@ -240,7 +236,7 @@ def _part(file: File, source: Source, cells: np.ndarray, recipe: Recipe) -> Part
         symbols=source.symbols[first],
         columns=columns.astype(np.int32),
         stored=source.stored,
-        step=step,
+        step=source.step(recipe.ingest.unit_cells),
     )
 
 

@@ -130,6 +130,10 @@ class Source:
         with naming(self.url):
             return {name: self._column(name) for name in columns}
 
+    def step(self, rows: int) -> int:
+        """How many rows to read at a time where about `rows` are wanted: all, or many, if `by_column`."""
+        return max(rows, len(self.cell_names) * KEPT // max(1, self.stored)) if self.by_column else rows
+
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Raw counts of cells start … stop - 1, int64 [stop - start, features].
 

@@ -48,7 +48,7 @@ class Layer(nn.Module):
         super().__init__()
         self.heads = heads
         self.before = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)  # a bias of the keys would cancel in the softmax
         self.mix = nn.Linear(width, width)
         self.body = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)

@@ -1,6 +1,7 @@
 """All scores of a run: every task on every data set that can be scored on it, beside its baselines."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,38 @@ from cellray.tasks.rows import Row
 from cellray.train.recipe import Score
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A task on one data set, which can be scored apart from the others."""
+
+    task: str
+    dataset: str
+    modality: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.task} of {self.dataset}"
+
+
+def units(scored: Scored) -> list[Unit]:
+    """Every task that can be scored, data set by data set. ValueError where there is none."""
+    if not scored.datasets:
+        raise ValueError(
+            "no cell is held out: there is nothing to score on. Set split.fraction, or name "
+            "a label or a second modality in the atlas."
+        )
+    found = []
+    for dataset in scored.datasets:
+        if scored.labelled(dataset).any():
+            found.append(Unit("annotation", dataset))
+        measured = scored.measured(dataset)
+        found += [Unit(f"RNA to {name}", dataset, name) for name in measured]
+        if measured:
+            found.append(Unit(missing.TASK, dataset))
+    if not found:
+        raise ValueError("no held-out cell was measured in RNA: the student cannot be scored")
+    return found
+
+
 def score(scored: Scored, settings: Score, progress: Callable[[str], None]) -> list[Row]:
     """Score rows of `report.json`, as `rows.Row` has them.
 
@@ -19,32 +52,21 @@ def score(scored: Scored, settings: Score, progress: Callable[[str], None]) -> l
     the larger of them are subsampled, which `split` says. A value that could not be had is None
     and its reason says why. About two minutes of one CPU for 10,000 cells with 5,000 peaks.
     """
-    if not scored.datasets:
-        raise ValueError(
-            "no cell is held out: there is nothing to score on. Set split.fraction, or name "
-            "a label or a second modality in the atlas."
-        )
-    found: list[Row] = []
-    for dataset in scored.datasets:
-        if not scored.paired(dataset).any():
-            progress(f"{dataset} has no RNA: the student cannot be scored on it")
-            continue
-        found += _annotation(scored, dataset, settings, progress)
-        for modality in scored.modalities:
-            if modality.name in scored.measured(dataset):
-                found += _translation(scored, dataset, modality, settings, progress)
-        if scored.measured(dataset):
-            found += _missing(scored, dataset, settings, progress)
-    if not found:
-        raise ValueError("no held-out cell was measured in RNA: the student cannot be scored")
-    return found
+    return [row for unit in units(scored) for row in score_unit(scored, unit, settings, progress)]
+
+
+def score_unit(scored: Scored, unit: Unit, settings: Score, progress: Callable[[str], None]) -> list[Row]:
+    """The rows of one unit of `score`."""
+    if unit.task == "annotation":
+        return _annotation(scored, unit.dataset, settings, progress)
+    if unit.task == missing.TASK:
+        return _missing(scored, unit.dataset, settings, progress)
+    modality = next(m for m in scored.modalities if m.name == unit.modality)
+    return _translation(scored, unit.dataset, modality, settings, progress)
 
 
 def _annotation(scored: Scored, dataset: str, settings: Score, progress: Callable[[str], None]) -> list[Row]:
-    wanted = scored.labelled(dataset)
-    if not wanted.any():
-        return []
-    cells = _cohort(scored, dataset, wanted, settings)
+    cells = _cohort(scored, dataset, scored.labelled(dataset), settings)
     if isinstance(cells, str):
         return annotation.not_run(dataset, cells)
     return annotation.annotation(cells, progress)

@@ -53,7 +53,7 @@ def masked_tokens(
 
     Returns the tokens, the positions asked for that lie within the context, and the truth
     there: the scaled value, 0 for an absent feature. What is asked for comes first in each
-    cell, so that the context holds it.
+    cell, but takes half of the context at the most while there is more to see.
     """
     cells = np.repeat(np.arange(len(counts)), counts.lengths)
     share = mask[0] + (mask[1] - mask[0]) * uniform(*keys, rows, 0)
@@ -63,10 +63,15 @@ def masked_tokens(
     ids = np.concatenate([absent, counts.ids.astype(np.int64)])
     values = np.concatenate([np.zeros(len(absent), np.float32), _values(counts, modality)])
     asked = np.concatenate([np.ones(len(absent), bool), hidden])
-    order = np.lexsort((~asked, cell))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(counts)))])
-    place = np.arange(len(ids)) - offsets[cell[order]]
-    tokens = _tokens(ids[order], values[order], asked[order], offsets, counts.total, device)
+    firsts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(counts)))])
+    draw = np.where(asked, uniform(*keys, rows[cell], ids, 3), np.arange(len(ids)))
+    asked_first = np.lexsort((draw, ~asked, cell))
+    turn = np.empty(len(ids), np.int64)
+    turn[asked_first] = np.arange(len(ids)) - firsts[cell[asked_first]]
+    late = asked & (turn >= modality.context // 2)
+    order = np.lexsort((draw, np.where(late, 2, ~asked), cell))
+    place = np.arange(len(ids)) - firsts[cell[order]]
+    tokens = _tokens(ids[order], values[order], asked[order], firsts, counts.total, device)
     at = np.flatnonzero(asked[order] & (place < modality.context))
     truth = tokens.values[torch.from_numpy(at).to(device)]
     return tokens, torch.from_numpy(at).to(device), truth

@@ -158,7 +158,7 @@ class Unimodal:
     """Share of the non-zero tokens that is hidden, drawn for each cell between these."""
     zeros: float = 0.25
     """Absent features asked for, as a share of the tokens."""
-    queries: int = 4096
+    queries: int = 2048
     """Most features asked of the bottleneck in a step."""
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class Joint:
     """Weight of matching pairs against the batch."""
     temperature: float = 0.1
     """Of the matching softmax."""
-    queries: int = 4096
+    queries: int = 2048
     """Most features asked of each decoder in a step."""
 
 
@@ -200,7 +200,7 @@ class Distil:
     """Weight of the likelihood of the missing modalities' summaries."""
     decode: float = 0.3
     """Weight of decoding counts: RNA, and what is missing where it is known."""
-    queries: int = 4096
+    queries: int = 1024
     """Most features asked of each decoder in a step."""
 
 

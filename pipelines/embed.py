@@ -1,0 +1,390 @@
+"""Embeddings of whole files, by any number of workers: `python -m pipelines.embed BUNDLE OUTPUT FILE…`.
+
+OUTPUT/parts/00000-000000000-KEY.parquet   some thousand cells of one file: embedding, label, how far out
+OUTPUT/manifest.json                       model, files and parts with their sha256; written last
+
+A part depends on the model and its cells alone, and its KEY on the content of both. A run that is
+killed and started again does the parts that are missing.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cellray import cluster
+from cellray.cli import add_reading, positive
+from cellray.data import storage
+from cellray.train.progress import Progress
+from pipelines.command import add_progress, exit_code, progress_mode
+from pipelines.ingest import table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cellray.data.reading import Source
+    from cellray.embedder import Embedder
+
+SCHEMA = 1
+"""Of the parts and the manifest."""
+ROWS = 16_384
+"""Cells of a part: some seconds of work."""
+EPILOG = """\
+FILE is an .h5ad, an .h5mu, a .zarr of AnnData or MuData, or the .csv table of an atlas, whose RNA is
+embedded; its rows say their own layer and names, and its cells are called DATASET:CELL as in a token
+store. Everything may be a path or a URL. `pandas.read_parquet("OUTPUT/parts")` reads the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file that is embedded."""
+
+    given: str
+    """The path or URL as it was written."""
+    url: str
+    dataset: str = ""
+    """Where the file comes from an atlas table."""
+    layer: str = ""
+    names: str = ""
+    cells: int = 0
+    rows: int = ROWS
+    """Cells of a part; more than were asked for where the file is stored by columns."""
+    identity: dict[str, Any]
+    """What its content is, as in `cellray.data.lineage`."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of it, and what the names of its parts depend on."""
+        own = {name: getattr(self, name) for name in ("dataset", "layer", "names", "cells")}
+        return {"file": self.given, **own, **self.identity}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Cells start … stop - 1 of a file."""
+
+    name: str
+    file: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that is to be done."""
+
+    bundle: str
+    model: str
+    """Hash of the bundle."""
+    output: str
+    files: list[File]
+    parts: list[Part]
+
+    def path(self, *names: str) -> str:
+        """A file below OUTPUT."""
+        return storage.join(self.output, *names)
+
+
+class Worker:
+    """Makes parts. Loads the model once, and keeps the file that it reads open."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._stack, self._opened = ExitStack(), -1
+
+    def __call__(self, batch: "dict[str, np.ndarray]") -> dict[str, list[Any]]:
+        """Facts of the parts numbered `item` as JSON, or errors: as values, which Ray does not wrap."""
+        numbers: list[int] = batch["item"].tolist()
+        facts, errors = [""] * len(numbers), [""] * len(numbers)
+        for i, number in enumerate(numbers):
+            try:
+                facts[i] = json.dumps(self._made(self.job.parts[number]))
+            except (ValueError, OSError) as error:
+                errors[i] = str(error)
+        return {"item": numbers, "facts": facts, "error": errors}
+
+    def _made(self, part: Part) -> dict[str, Any]:
+        """What the part holds, once its file is there; an earlier run may have written it."""
+        url = self.job.path("parts", part.name)
+        if not storage.exists(url):
+            storage.write_bytes(url, self._encoded(part))
+        return facts_of(url)
+
+    def _encoded(self, part: Part) -> bytes:
+        import numpy as np
+        import pyarrow.parquet as pq
+
+        from cellray.answers import answers, arrow, everything
+
+        source, file = self._source(part.file), self.job.files[part.file]
+        said = answers(self._model, source, everything, part.start, part.stop)
+        cells = source.cell_names[part.start : part.stop].astype(str)
+        prefix = f"{file.dataset}:" if file.dataset else ""
+        named = {"cell_id": np.char.add(prefix, cells), "file": np.full(len(cells), file.given)}
+        about = {"model": self.job.model, "start": part.start, "stop": part.stop, **said.about}
+        whole = arrow(named | said.columns).replace_schema_metadata({"cellray": json.dumps(about)})
+        sink = io.BytesIO()
+        pq.write_table(whole, sink)
+        return sink.getvalue()
+
+    @functools.cached_property
+    def _model(self) -> "Embedder":
+        from cellray import bundle
+
+        model = bundle.load(self.job.bundle)
+        if model.hash != self.job.model:
+            raise ValueError(
+                f"bundle {self.job.bundle} was replaced meanwhile: start again, to another OUTPUT"
+            )
+        return model
+
+    def _source(self, number: int) -> "Source":
+        from cellray.answers import open_cells
+
+        if number != self._opened:
+            self._stack.close()
+            self._opened = -1
+            file = self.job.files[number]
+            opened = open_cells(file.url, layer=file.layer, names=file.names)
+            self._current = self._stack.enter_context(opened)
+            self._opened = number
+        return self._current
+
+
+def facts_of(url: str) -> dict[str, Any]:
+    """Size, hash and what a part says of itself. ValueError if it is no such part."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = storage.read_bytes(url)
+    try:
+        own = json.loads(pq.read_schema(io.BytesIO(data)).metadata[b"cellray"])
+    except (pa.ArrowInvalid, KeyError, TypeError):
+        raise ValueError(f"{url} is damaged, or no part that this command wrote: remove it") from None
+    return {"bytes": len(data), "sha256": storage.sha256(data), **own}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one line on the error stream for what the user has to change."""
+    args = parser().parse_args(argv)
+    return exit_code(lambda: run(args))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m pipelines.embed",
+        description="Embed all cells of some files, with as many workers as you like.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "bundle", metavar="BUNDLE", help="folder or URL of the model, as all workers can read it"
+    )
+    made.add_argument("output", metavar="OUTPUT", help="folder or URL to write")
+    made.add_argument("files", metavar="FILE", nargs="+", help="files of cells, or atlas tables")
+    add_reading(made)
+    made.add_argument("--workers", type=positive, metavar="N", help="processes (default: one a CPU)")
+    made.add_argument("--rows", type=positive, default=ROWS, metavar="N", help=f"cells of a part ({ROWS})")
+    made.add_argument("--dry-run", action="store_true", help="say what would be done; do nothing")
+    add_progress(made)
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    """Embed what is missing of the files, or only say what that is."""
+    from cellray import bundle
+
+    model = bundle.load(args.bundle)
+    files = survey(model, args)
+    job = Job(
+        bundle=storage.absolute(args.bundle),
+        model=model.hash,
+        output=storage.absolute(args.output),
+        files=files,
+        parts=plan(model.hash, files),
+    )
+    there = present(job)
+    if args.dry_run:
+        print(foreseen(job, there))
+        return
+    if len(there) < len(job.parts) or not storage.exists(job.path("manifest.json")):
+        with cluster.connect(cpus=args.workers or os.cpu_count()), Progress(progress_mode(args)) as progress:
+            facts = embed(job, there, args.workers, progress)
+        commit(job, facts)
+    print(summary(json.loads(storage.read_bytes(job.path("manifest.json")))))
+    print(f"\nembeddings: {storage.join(args.output, 'parts')}")
+
+
+def survey(model: "Embedder", args: argparse.Namespace) -> list[File]:
+    """The files, each opened and tried. ValueError names one that cannot be embedded."""
+    from cellray.answers import check, open_cells
+    from cellray.data.lineage import identity
+
+    files: list[File] = []
+    for own in named(args, tuple(model.tokenizer.vocabularies)):
+        if any((file.url, file.dataset) == (own["url"], own["dataset"]) for file in files):
+            raise ValueError(f"{own['given']} is named twice")
+        with open_cells(own["url"], layer=own["layer"], names=own["names"]) as source:
+            check(model, source)
+            cells, rows = len(source.cell_names), source.step(args.rows)
+        files.append(File(**own, cells=cells, rows=rows, identity=identity(own["url"])))
+    return files
+
+
+def named(args: argparse.Namespace, modalities: Sequence[str]) -> Iterator[dict[str, str]]:
+    """`given`, `url`, `dataset`, `layer` and `names` of every file that the command line means."""
+    from cellray.data.atlas import read_atlas
+    from cellray.data.modalities import BUILT_IN
+    from cellray.embedder import INPUT
+
+    known = tuple(dict.fromkeys([*(m.name for m in BUILT_IN), *modalities]))
+    for word in args.files:
+        if not word.endswith(".csv"):
+            place = {"given": word, "url": storage.absolute(word), "dataset": ""}
+            yield {**place, "layer": args.layer, "names": args.names}
+            continue
+        rows = [row for row in read_atlas(word, known) if row.modality in ("", INPUT)]
+        if not rows:
+            raise ValueError(f"atlas table {word} has no RNA, which is what the model reads")
+        for row in rows:
+            yield {key: getattr(row, key) for key in ("given", "url", "dataset", "layer", "names")}
+
+
+def plan(model: str, files: Sequence[File]) -> list[Part]:
+    """The parts, in the order of files and cells."""
+    parts = []
+    for number, file in enumerate(files):
+        for start in range(0, file.cells, file.rows):
+            stop = min(start + file.rows, file.cells)
+            content = json.dumps([SCHEMA, model, file.about, start, stop], sort_keys=True)
+            key = hashlib.sha256(content.encode()).hexdigest()[:16]
+            name = f"{number:05d}-{start:09d}-{key}.parquet"
+            parts.append(Part(name=name, file=number, start=start, stop=stop))
+    return parts
+
+
+def present(job: Job) -> set[str]:
+    """Names of the parts that are there. ValueError if OUTPUT holds something else."""
+    names = {part.name for part in job.parts}
+    path = job.path("manifest.json")
+    if storage.exists(path):
+        manifest = json.loads(storage.read_bytes(path))
+        if {part["name"] for part in manifest.get("parts", [])} != names:
+            raise ValueError(f"{path} is of {difference(manifest, job)}: choose another OUTPUT, or remove it")
+    found = listed(job)
+    for name in sorted(found - names):
+        if name.partition(".")[0] + ".parquet" not in names:  # else it is what a killed writer left
+            raise ValueError(
+                f"{job.path('parts', name)} is of another model or file, or of another --rows: "
+                "choose another OUTPUT, or remove it"
+            )
+    return found & names
+
+
+def listed(job: Job) -> set[str]:
+    """Names of the files in OUTPUT/parts."""
+    fs, path = storage.locate(job.path("parts"))
+    return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
+
+
+def difference(manifest: dict[str, Any], job: Job) -> str:
+    """In which way OUTPUT was made otherwise."""
+    if manifest.get("model") != job.model:
+        return f"another model, {str(manifest.get('model'))[:12]} and not {job.model[:12]}"
+    before = {(file["file"], file["dataset"]): file for file in manifest.get("files", [])}
+    for file in job.files:
+        held = before.pop((file.given, file.dataset), None)
+        if held is None:
+            return f"other files, without {file.given}"
+        if differs := [key for key, value in file.about.items() if held.get(key) != value]:
+            return f"{file.given} with another {differs[0]}"
+    return f"more files, with {next(iter(before))[0]}" if before else "parts of another size (--rows)"
+
+
+def foreseen(job: Job, there: set[str]) -> str:
+    """What there is to do."""
+    rows = [["file", "cells", "parts", "done"]]
+    for number, file in enumerate(job.files):
+        done = [part.name in there for part in job.parts if part.file == number]
+        rows.append([file.given, f"{file.cells:,}", f"{len(done):,}", f"{sum(done):,}"])
+    cells = sum(file.cells for file in job.files)
+    return "\n".join([*table(rows), "", f"{cells:,} cells; nothing was written"])
+
+
+def embed(job: Job, there: set[str], workers: int | None, progress: Progress) -> list[dict[str, Any]]:
+    """Facts of every part, once all are there. Needs a Ray that is connected."""
+    facts: list[dict[str, Any]] = [{} for _ in job.parts]
+    sizes = [0 if part.name in there else part.stop - part.start for part in job.parts]
+    total = sum(file.cells for file in job.files)
+    before, done, began = total - sum(sizes), 0, time.monotonic()
+    line = progress.stage("embed", total, done=before, unit="cells")
+    for row in outcomes(job, workers):
+        if row["error"]:
+            raise ValueError(row["error"])
+        facts[row["item"]] = json.loads(row["facts"])
+        done += sizes[row["item"]]
+        line.update(before + done, cells_per_second=done / max(time.monotonic() - began, 1e-9))
+    line.finish()
+    return facts
+
+
+def outcomes(job: Job, workers: int | None) -> Iterator[dict[str, Any]]:
+    """What a Worker says of each part: `item`, `facts` and `error`, as they get done, in any order."""
+    import ray
+    from ray.data import ActorPoolStrategy, from_items
+
+    from cellray.data.ingest import hush
+
+    hush()
+    count = len(job.parts)
+    size = min(workers or max(1, int(ray.cluster_resources()["CPU"])), count)
+    done = from_items(list(range(count)), override_num_blocks=count).map_batches(
+        Worker, batch_size=1, num_cpus=1, compute=ActorPoolStrategy(size=size), fn_constructor_args=(job,)
+    )
+    yield from done.iter_rows()
+
+
+def commit(job: Job, facts: Sequence[dict[str, Any]]) -> None:
+    """Write the manifest, and clear away what killed writers left."""
+    for name in listed(job) - {part.name for part in job.parts}:
+        fs, path = storage.locate(job.path("parts", name))
+        fs.rm_file(path)
+    files, parts = [], []
+    for number, file in enumerate(job.files):
+        own = [fact for part, fact in zip(job.parts, facts, strict=True) if part.file == number]
+        genes = {key: own[0][key] for key in ("genes_sent", "genes_known", "first_unknown")}
+        counts = sum(fact["counts"] for fact in own)
+        kept = sum(fact["counts"] * fact["counts_kept"] for fact in own) / max(counts, 1)
+        files.append({**file.about, **genes, "counts": counts, "counts_kept": kept})
+    for part, fact in zip(job.parts, facts, strict=True):
+        parts.append({**vars(part), "bytes": fact["bytes"], "sha256": fact["sha256"]})
+    manifest = {"schema": SCHEMA, "model": job.model, "files": files, "parts": parts}
+    path = job.path("manifest.json")
+    data = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    if not storage.write_once(path, data) and storage.read_bytes(path) != data:
+        raise ValueError(
+            f"{path} has other hashes than the parts that were missing came out with: a machine or release "
+            f"that rounds otherwise made it. Remove {job.output} and embed again."
+        )
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """What became of every file."""
+    rows = [["file", "cells", "genes", "known", "counts kept"]]
+    for file in manifest["files"]:
+        sizes = (f"{file[key]:,}" for key in ("cells", "genes_sent", "genes_known"))
+        rows.append([file["file"], *sizes, f"{file['counts_kept']:.1%}"])
+    return "\n".join(table(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

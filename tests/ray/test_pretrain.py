@@ -1,0 +1,114 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cellray.data import storage
+from cellray.train import checkpoint
+from tests import stores
+from tests.conftest import ROOT
+
+
+def command(folder, *settings):
+    """`python -m pipelines.pretrain` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.pretrain", "pipelines.recipes.tiny:recipe", "--plain", *settings],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def settings(folder):
+    return [
+        f"run={folder}",
+        "unimodal.epochs=0.5",
+        "joint.epochs=12",
+        "distil.epochs=1",
+        "checkpoint_seconds=0",
+    ]
+
+
+def alive(session):
+    """Processes of a session, by their status files."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                with open(f"/proc/{entry.name}/stat") as file:
+                    fields = file.read().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    stores.write(str(tmp_path / "store"))
+    first = command(tmp_path, *settings(tmp_path))
+    folder = str(tmp_path / "checkpoints" / "joint")
+    deadline = time.monotonic() + 200
+    while len(checkpoint.steps(folder)) < 2:
+        assert first.poll() is None, first.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    while alive(first.pid):  # what the driver had started ends by itself
+        assert time.monotonic() < deadline, alive(first.pid)
+        time.sleep(0.1)
+    reached = checkpoint.steps(folder)[-1]
+    assert not storage.exists(str(tmp_path / "stages" / "joint" / "stage.json"))
+
+    second = command(tmp_path, *settings(tmp_path))
+    said, _ = second.communicate(timeout=250)
+    assert second.returncode == 0, said
+    assert "unimodal-rna: was finished before" in said
+    assert "joint: goes on from step" in said
+    resumed = int(said.partition("joint: goes on from step ")[2].split()[0].replace(",", ""))
+    assert resumed >= reached - 1
+    joint = json.loads((tmp_path / "stages" / "joint" / "stage.json").read_bytes())
+    assert resumed < joint["steps"]
+    assert joint["curve"][-1]["step"] == joint["steps"]
+    assert checkpoint.committed(str(tmp_path / "stages" / "distil")) is not None
+
+
+def test_a_run_without_a_store_says_what_to_do(tmp_path):
+    process = command(tmp_path, f"run={tmp_path}")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.count("\n") == 1
+    assert "run `python -m pipelines.ingest`" in said
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
+    hashes = []
+    for name in ("whole", "broken"):
+        folder = tmp_path / name
+        stores.write(str(folder / "store"))
+        steps = str(folder / "checkpoints" / "joint")
+        process = command(folder, *settings(folder))
+        if name == "broken":
+            while len(checkpoint.steps(steps)) < 2:
+                time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            while alive(process.pid):
+                time.sleep(0.1)
+            process = command(folder, *settings(folder))
+        said, _ = process.communicate(timeout=250)
+        assert process.returncode == 0, said
+        facts = checkpoint.committed(str(folder / "stages" / "distil"))
+        assert facts is not None
+        hashes.append(facts["sha256"])
+    assert hashes[0] == hashes[1]
