@@ -8,16 +8,11 @@ killed and started again does the parts that are missing.
 """
 
 import argparse
-import functools
-import hashlib
-import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cellray import cluster
@@ -28,148 +23,15 @@ from pipelines.command import add_progress, exit_code, progress_mode
 from pipelines.ingest import table
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from cellray.data.reading import Source
     from cellray.embedder import Embedder
+    from pipelines.parts import File, Job
 
-SCHEMA = 1
-"""Of the parts and the manifest."""
 ROWS = 16_384
 """Cells of a part: some seconds of work."""
 EPILOG = """\
 FILE is an .h5ad, an .h5mu, a .zarr of AnnData or MuData, or the .csv table of an atlas, whose RNA is
 embedded; its rows say their own layer and names, and its cells are called DATASET:CELL as in a token
 store. Everything may be a path or a URL. `pandas.read_parquet("OUTPUT/parts")` reads the result."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """A file that is embedded."""
-
-    given: str
-    """The path or URL as it was written."""
-    url: str
-    dataset: str = ""
-    """Where the file comes from an atlas table."""
-    layer: str = ""
-    names: str = ""
-    cells: int = 0
-    rows: int = ROWS
-    """Cells of a part; more than were asked for where the file is stored by columns."""
-    identity: dict[str, Any]
-    """What its content is, as in `cellray.data.lineage`."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What the manifest says of it, and what the names of its parts depend on."""
-        own = {name: getattr(self, name) for name in ("dataset", "layer", "names", "cells")}
-        return {"file": self.given, **own, **self.identity}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Cells start … stop - 1 of a file."""
-
-    name: str
-    file: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that is to be done."""
-
-    bundle: str
-    model: str
-    """Hash of the bundle."""
-    output: str
-    files: list[File]
-    parts: list[Part]
-
-    def path(self, *names: str) -> str:
-        """A file below OUTPUT."""
-        return storage.join(self.output, *names)
-
-
-class Worker:
-    """Makes parts. Loads the model once, and keeps the file that it reads open."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self._stack, self._opened = ExitStack(), -1
-
-    def __call__(self, batch: "dict[str, np.ndarray]") -> dict[str, list[Any]]:
-        """Facts of the parts numbered `item` as JSON, or errors: as values, which Ray does not wrap."""
-        numbers: list[int] = batch["item"].tolist()
-        facts, errors = [""] * len(numbers), [""] * len(numbers)
-        for i, number in enumerate(numbers):
-            try:
-                facts[i] = json.dumps(self._made(self.job.parts[number]))
-            except (ValueError, OSError) as error:
-                errors[i] = str(error)
-        return {"item": numbers, "facts": facts, "error": errors}
-
-    def _made(self, part: Part) -> dict[str, Any]:
-        """What the part holds, once its file is there; an earlier run may have written it."""
-        url = self.job.path("parts", part.name)
-        if not storage.exists(url):
-            storage.write_bytes(url, self._encoded(part))
-        return facts_of(url)
-
-    def _encoded(self, part: Part) -> bytes:
-        import numpy as np
-        import pyarrow.parquet as pq
-
-        from cellray.answers import answers, arrow, everything
-
-        source, file = self._source(part.file), self.job.files[part.file]
-        said = answers(self._model, source, everything, part.start, part.stop)
-        cells = source.cell_names[part.start : part.stop].astype(str)
-        prefix = f"{file.dataset}:" if file.dataset else ""
-        named = {"cell_id": np.char.add(prefix, cells), "file": np.full(len(cells), file.given)}
-        about = {"model": self.job.model, "start": part.start, "stop": part.stop, **said.about}
-        whole = arrow(named | said.columns).replace_schema_metadata({"cellray": json.dumps(about)})
-        sink = io.BytesIO()
-        pq.write_table(whole, sink)
-        return sink.getvalue()
-
-    @functools.cached_property
-    def _model(self) -> "Embedder":
-        from cellray import bundle
-
-        model = bundle.load(self.job.bundle)
-        if model.hash != self.job.model:
-            raise ValueError(
-                f"bundle {self.job.bundle} was replaced meanwhile: start again, to another OUTPUT"
-            )
-        return model
-
-    def _source(self, number: int) -> "Source":
-        from cellray.answers import open_cells
-
-        if number != self._opened:
-            self._stack.close()
-            self._opened = -1
-            file = self.job.files[number]
-            opened = open_cells(file.url, layer=file.layer, names=file.names)
-            self._current = self._stack.enter_context(opened)
-            self._opened = number
-        return self._current
-
-
-def facts_of(url: str) -> dict[str, Any]:
-    """Size, hash and what a part says of itself. ValueError if it is no such part."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    data = storage.read_bytes(url)
-    try:
-        own = json.loads(pq.read_schema(io.BytesIO(data)).metadata[b"cellray"])
-    except (pa.ArrowInvalid, KeyError, TypeError):
-        raise ValueError(f"{url} is damaged, or no part that this command wrote: remove it") from None
-    return {"bytes": len(data), "sha256": storage.sha256(data), **own}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Embed what is missing of the files, or only say what that is."""
     from cellray import bundle
+    from pipelines.parts import Job, plan
 
     model = bundle.load(args.bundle)
     files = survey(model, args)
@@ -224,10 +87,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nembeddings: {storage.join(args.output, 'parts')}")
 
 
-def survey(model: "Embedder", args: argparse.Namespace) -> list[File]:
+def survey(model: "Embedder", args: argparse.Namespace) -> "list[File]":
     """The files, each opened and tried. ValueError names one that cannot be embedded."""
     from cellray.answers import check, open_cells
     from cellray.data.lineage import identity
+    from pipelines.parts import File
 
     files: list[File] = []
     for own in named(args, tuple(model.tokenizer.vocabularies)):
@@ -259,20 +123,7 @@ def named(args: argparse.Namespace, modalities: Sequence[str]) -> Iterator[dict[
             yield {key: getattr(row, key) for key in ("given", "url", "dataset", "layer", "names")}
 
 
-def plan(model: str, files: Sequence[File]) -> list[Part]:
-    """The parts, in the order of files and cells."""
-    parts = []
-    for number, file in enumerate(files):
-        for start in range(0, file.cells, file.rows):
-            stop = min(start + file.rows, file.cells)
-            content = json.dumps([SCHEMA, model, file.about, start, stop], sort_keys=True)
-            key = hashlib.sha256(content.encode()).hexdigest()[:16]
-            name = f"{number:05d}-{start:09d}-{key}.parquet"
-            parts.append(Part(name=name, file=number, start=start, stop=stop))
-    return parts
-
-
-def present(job: Job) -> set[str]:
+def present(job: "Job") -> set[str]:
     """Names of the parts that are there. ValueError if OUTPUT holds something else."""
     names = {part.name for part in job.parts}
     path = job.path("manifest.json")
@@ -290,13 +141,13 @@ def present(job: Job) -> set[str]:
     return found & names
 
 
-def listed(job: Job) -> set[str]:
+def listed(job: "Job") -> set[str]:
     """Names of the files in OUTPUT/parts."""
     fs, path = storage.locate(job.path("parts"))
     return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
 
 
-def difference(manifest: dict[str, Any], job: Job) -> str:
+def difference(manifest: dict[str, Any], job: "Job") -> str:
     """In which way OUTPUT was made otherwise."""
     if manifest.get("model") != job.model:
         return f"another model, {str(manifest.get('model'))[:12]} and not {job.model[:12]}"
@@ -310,7 +161,7 @@ def difference(manifest: dict[str, Any], job: Job) -> str:
     return f"more files, with {next(iter(before))[0]}" if before else "parts of another size (--rows)"
 
 
-def foreseen(job: Job, there: set[str]) -> str:
+def foreseen(job: "Job", there: set[str]) -> str:
     """What there is to do."""
     rows = [["file", "cells", "parts", "done"]]
     for number, file in enumerate(job.files):
@@ -320,7 +171,7 @@ def foreseen(job: Job, there: set[str]) -> str:
     return "\n".join([*table(rows), "", f"{cells:,} cells; nothing was written"])
 
 
-def embed(job: Job, there: set[str], workers: int | None, progress: Progress) -> list[dict[str, Any]]:
+def embed(job: "Job", there: set[str], workers: int | None, progress: Progress) -> list[dict[str, Any]]:
     """Facts of every part, once all are there. Needs a Ray that is connected."""
     facts: list[dict[str, Any]] = [{} for _ in job.parts]
     sizes = [0 if part.name in there else part.stop - part.start for part in job.parts]
@@ -337,12 +188,13 @@ def embed(job: Job, there: set[str], workers: int | None, progress: Progress) ->
     return facts
 
 
-def outcomes(job: Job, workers: int | None) -> Iterator[dict[str, Any]]:
+def outcomes(job: "Job", workers: int | None) -> Iterator[dict[str, Any]]:
     """What a Worker says of each part: `item`, `facts` and `error`, as they get done, in any order."""
     import ray
     from ray.data import ActorPoolStrategy, from_items
 
     from cellray.data.ingest import hush
+    from pipelines.parts import Worker
 
     hush()
     count = len(job.parts)
@@ -353,8 +205,10 @@ def outcomes(job: Job, workers: int | None) -> Iterator[dict[str, Any]]:
     yield from done.iter_rows()
 
 
-def commit(job: Job, facts: Sequence[dict[str, Any]]) -> None:
+def commit(job: "Job", facts: Sequence[dict[str, Any]]) -> None:
     """Write the manifest, and clear away what killed writers left."""
+    from pipelines.parts import SCHEMA
+
     for name in listed(job) - {part.name for part in job.parts}:
         fs, path = storage.locate(job.path("parts", name))
         fs.rm_file(path)

@@ -108,14 +108,18 @@ def code_fingerprint() -> str:
 
 
 def summary(recipe: Recipe, report: dict[str, Any], seconds: float) -> str:
-    """The score table, and where everything is."""
-    from cellray.tasks.report import table
+    """The score table, a line a task, and where everything is; `pipelines.score` prints every model."""
+    from cellray.tasks.report import headlines
 
     where = storage.absolute(recipe.run)
     student = report["student"]
     return "\n".join(
         [
-            table(report["scores"]),
+            f"{'task':<24}{'data set':<14}{'metric':<32}{'verdict':<9}student against the best baseline",
+            *(
+                f"{h.task:<24}{h.dataset:<14}{h.metric:<32}{h.verdict:<9}{h.text}"
+                for h in headlines(report["scores"])
+            ),
             "",
             f"student: {student['parameters']:,} parameters, the teacher's RNA path has "
             f"{student['teacher_parameters']:,}; {student['cells_per_cpu_second']:,.0f} cells a CPU-second",

@@ -1,15 +1,24 @@
-"""Ten thousand cells on a laptop: half an hour on two cores."""
+"""Ten thousand cells on a laptop, in less than half an hour on two cores.
 
+Encoders attend to the 32 highest-ranked features of a cell, and gather all of them into [CLS].
+Measured on SNARE-seq at equal CPU time, four times the passes over the cells were worth more than
+attention to five times the features.
+"""
+
+from dataclasses import replace
+
+from cellray.data.modalities import BUILT_IN
 from cellray.train.recipe import Distil, Feed, Joint, Network, Recipe, StudentNetwork, Unimodal
 
 
 def recipe() -> Recipe:
     return Recipe(
         run="runs/small",
-        feed=Feed(cells=64, tokens=16_384),
+        modalities=tuple(replace(modality, context=32) for modality in BUILT_IN),
+        feed=Feed(cells=64, tokens=65_536),
         network=Network(width=128, layers=2, heads=4, fusion_layers=2),
         student=StudentNetwork(hidden=256, blocks=2),
-        unimodal=Unimodal(epochs=4.0),
-        joint=Joint(epochs=6.0),
-        distil=Distil(epochs=20.0),
+        unimodal=Unimodal(epochs=12.0),
+        joint=Joint(epochs=16.0),
+        distil=Distil(epochs=24.0),
     )
