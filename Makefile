@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BENCHES := $(patsubst tests/bench/%.py,%,$(filter-out tests/bench/__init__.py,$(wildcard tests/bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench lint clean
+.PHONY: help install demo serve test test-slow bench lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install ## the whole path on a simulated atlas, about ten minutes
 	$(BIN)/python -m pipelines.demo
+
+serve: install ## answer with the model in BUNDLE=PATH on http://127.0.0.1:8000, for this machine alone
+	@test -n "$(BUNDLE)" || { echo "which model? Say make serve BUNDLE=PATH, the folder or URL of a bundle" >&2; exit 2; }
+	@folder=$$(mktemp -d /tmp/cellray-XXXXXX) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
+	RAY_TMPDIR=$$folder RAY_ADDRESS=local RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 \
+	RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))') \
+	RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 \
+	$(BIN)/serve run serve.app:build bundle="$(BUNDLE)"
 
 test: lint ## lint, types and the fast tests, under ten minutes
 	$(BIN)/python -m pytest

@@ -2,17 +2,24 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+import ray
 from ray import serve
 from ray.serve import Application
 from starlette.applications import Starlette
 
-from cellray import bundle
+from cellray import bundle, cluster
 from cellray.data import storage
 from serve.api import Limits
 from serve.endpoint import application
+
+EXPOSED = """\
+warning: the Ray that starts here listens on every network interface, with a token before it. To keep it on
+this machine, run `make serve BUNDLE=PATH`, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=token
+before `serve run`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,8 @@ def build(args: Mapping[str, str]) -> Application:
     """
     settings = parse(args)
     bundle.load(settings.bundle)
+    if not ray.is_initialized() and cluster.exposed():  # then `serve run` is about to start one
+        print(EXPOSED, file=sys.stderr)
     deployment = serve.deployment(
         name="model",
         num_replicas=settings.replicas,

@@ -16,7 +16,7 @@ def model():
 def test_rows_read_at_a_time_and_ranges_change_no_bit(model, tmp_path):
     file = write(anndata(tiny.counts(150), features=tiny.GENES), tmp_path / "cells.h5ad")
     wanted = model.embed(tiny.tokens(150)).vectors
-    heard = []
+    heard: list[int] = []
     with open_cells(file) as source:
         whole = answers(model, source, embedding, 0, 150)
         part = answers(model, source, embedding, 30, 100, rows=21, on_rows=heard.append)

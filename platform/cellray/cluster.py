@@ -54,6 +54,11 @@ def prepare(address: str | None = None) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def exposed() -> bool:
+    """Whether a Ray that this process started by other means than `connect` would listen to the network."""
+    return not _remote(None) and any(os.environ.get(name) != value for name, value in LOCAL.items())
+
+
 @contextmanager
 def connect(
     address: str | None = None,

@@ -152,6 +152,14 @@ def test_ray_imported_too_early_is_refused(tmp_path):
     assert "Ray was imported before" in done.stderr
 
 
+def test_a_ray_that_others_start_here_is_exposed_unless_its_settings_say_otherwise(monkeypatch):
+    assert not cluster.exposed()
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    assert cluster.exposed()
+    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
+    assert not cluster.exposed()
+
+
 JOIN = """
 import sys
 sys.path[:0] = sys.argv[2].split(":")

@@ -1,16 +1,21 @@
 import json
+import os
 import socket
+import subprocess
+import sys
 
+import grpc
 import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
 from ray import serve
 
-from cellray import bundle
+from cellray import bundle, cluster
 from cellray.embedder import tokens_from
 from serve import app
 from tests import tiny
+from tests.ray.test_cluster import _descendants, _listeners
 from tests.test_serve_api import arrow, indexed, problem_of, vectors_of
 
 
@@ -87,3 +92,29 @@ def test_a_bad_bundle_or_setting_is_refused_before_anything_is_deployed(tmp_path
         app.build({"bundel": model})
     with pytest.raises(ValueError, match="replicas=two: expected a whole number"):
         app.build({"bundle": model, "replicas": "two"})
+
+
+def test_what_replicas_open_to_the_network_demands_the_token(endpoint):
+    ours = _descendants(os.getpid())
+    loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    ports = {port for host, port, pid in _listeners() if pid in ours and host not in loopback}
+    assert len(ports) == 2, "of each replica the port by which others of its application call it"
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", timeout=5)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_builder_warns_before_ray_starts_open_to_the_network(model, root):
+    code = "import sys; from serve import app; app.build({'bundle': sys.argv[1]})"
+    open_to_all = {k: v for k, v in os.environ.items() if k not in cluster.LOCAL}
+    said = subprocess.run(
+        [sys.executable, "-c", code, model],
+        env=open_to_all | {"PYTHONPATH": f"{root / 'platform'}:{root}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "make serve BUNDLE=PATH" in said.stderr
