@@ -5,7 +5,7 @@ from scipy import stats
 
 from cellray.data.modalities import BUILT_IN
 from cellray.model.decoder import Decoder
-from cellray.model.encoder import Encoder, Tokens, groups
+from cellray.model.encoder import Encoder, Tokens, first_tokens, groups
 from cellray.model.student import Student
 from cellray.model.teacher import Fusion, Teacher, some_cells
 from tests import stores
@@ -69,9 +69,13 @@ def test_hidden_values_do_not_leak():
 def test_groups_hold_every_cell_once_and_pad_little():
     lengths = torch.randint(1, 300, (500,), generator=torch.Generator().manual_seed(0))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    found = groups(offsets, 256)
-    assert torch.equal(torch.cat(found).sort().values, torch.arange(500))
+    within, left = first_tokens(offsets, 256)
     used = lengths.clamp(max=256)
+    assert torch.equal(left[1:] - left[:-1], used)
+    assert torch.equal(within[left[:-1]], offsets[:-1])
+    assert torch.equal(within[left[1:] - 1], offsets[:-1] + used - 1)
+    found = groups(left)
+    assert torch.equal(torch.cat(found).sort().values, torch.arange(500))
     padded = sum(len(cells) * int(used[cells].max()) for cells in found)
     assert used.sum() / padded > 0.9
 

@@ -109,45 +109,55 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens, withheld: Tensor | None = None) -> Encoded:
         """`withheld` [width] stands where a value is hidden; it is needed where some are."""
         values = tokens.values.masked_fill(tokens.hidden, 0.0) / self.unit
-        said = self.value(values[:, None])
-        if withheld is not None:
-            said = torch.where(tokens.hidden[:, None], withheld, said)
-        x = self.feature(tokens.ids) + said
         weighted = F.embedding_bag(
             tokens.ids, self.feature.weight, tokens.offsets[:-1], mode="sum", per_sample_weights=values
         )
         cls = self.cls + self.depth((tokens.depth - self.reference)[:, None]) + self.bag(weighted)
+        within, offsets = first_tokens(tokens.offsets, self.context)
+        said = self.value(values[within][:, None])
+        if withheld is not None:
+            said = torch.where(tokens.hidden[within][:, None], withheld, said)
+        x = self.feature(tokens.ids[within]) + said
         states, summaries, order = [], [], []
-        for cells in groups(tokens.offsets, self.context):
-            y, index, at, real = self._pad(x, cls, tokens.offsets, cells)
+        for cells in groups(offsets):
+            y, index, at, real = _pad(x, cls, offsets, cells)
             for layer in self.layers:
                 y = layer(y, real)
             y = self.out(y)
             summaries.append(self.summary(y[:, 0]))
-            states.append((index, y[:, 1:][at]))
+            states.append((within[index], y[:, 1:][at]))
             order.append(cells)
         summary = torch.cat(summaries)[torch.argsort(torch.cat(order))]
         found = torch.cat([s for _, s in states])
-        spread = found.new_zeros(x.shape).index_put((torch.cat([i for i, _ in states]),), found)
-        return Encoded(summary, spread)
-
-    def _pad(
-        self, x: Tensor, cls: Tensor, offsets: Tensor, cells: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Some cells as [cells, 1 + longest, width]; the tokens used; where they sit; what is real."""
-        lengths = (offsets[cells + 1] - offsets[cells]).clamp(max=self.context)
-        positions = torch.arange(int(lengths.max()) if len(lengths) else 0, device=x.device)
-        at = positions < lengths[:, None]
-        index = (offsets[cells][:, None] + positions)[at]
-        body = x.new_zeros(*at.shape, x.shape[1]).index_put((at,), x[index])
-        real = torch.cat([at.new_ones(len(cells), 1), at], dim=1)
-        padded = torch.cat([cls[cells][:, None].to(x.dtype), body], dim=1)
-        return padded, index, at, None if bool(at.all()) else real
+        spread = found.new_zeros(len(tokens.ids), found.shape[1])
+        return Encoded(summary, spread.index_put((torch.cat([i for i, _ in states]),), found))
 
 
-def groups(offsets: Tensor, context: int) -> list[Tensor]:
-    """Cells in groups of like length, so that little is padded: each a tensor of cell indices."""
+def first_tokens(offsets: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Positions of the first `context` tokens of every cell, and the offsets of what is left."""
     lengths = (offsets[1:] - offsets[:-1]).clamp(max=context)
+    left = F.pad(torch.cumsum(lengths, 0), (1, 0))
+    shift = torch.repeat_interleave(offsets[:-1] - left[:-1], lengths)
+    return torch.arange(int(left[-1]), device=offsets.device) + shift, left
+
+
+def _pad(
+    x: Tensor, cls: Tensor, offsets: Tensor, cells: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Some cells as [cells, 1 + longest, width]; the tokens used; where they sit; what is real."""
+    lengths = offsets[cells + 1] - offsets[cells]
+    positions = torch.arange(int(lengths.max()) if len(lengths) else 0, device=x.device)
+    at = positions < lengths[:, None]
+    index = (offsets[cells][:, None] + positions)[at]
+    body = x.new_zeros(*at.shape, x.shape[1]).index_put((at,), x[index])
+    real = torch.cat([at.new_ones(len(cells), 1), at], dim=1)
+    padded = torch.cat([cls[cells][:, None].to(x.dtype), body], dim=1)
+    return padded, index, at, None if bool(at.all()) else real
+
+
+def groups(offsets: Tensor) -> list[Tensor]:
+    """Cells in groups of like length, so that little is padded: each a tensor of cell indices."""
+    lengths = offsets[1:] - offsets[:-1]
     order = torch.argsort(lengths, stable=True)
     found, first = [], 0
     sizes = (lengths[order] + 1).tolist()
