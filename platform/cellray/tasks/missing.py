@@ -19,6 +19,9 @@ BASELINES = (CONTROL, "RNA-only + random vector", "random weights", "collapsed e
 LABEL = ("accuracy of label", "macro F1 of label")
 NOTHING = 0.002
 """A teacher's gain of less than this is none."""
+NO_GAIN = "the teacher gains nothing here"
+LEAST = 1e-6
+"""Nothing is divided by a smaller difference than this."""
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """(embedding of the training cells, of the held-out cells, drawn training cells) -> metrics."""
@@ -107,7 +110,7 @@ def _kind(model: str) -> Kind:
 
 
 def _recovery(cohort: Cohort, metric: str, found: dict[str, Result], leak: str) -> Row:
-    """The row of the recovery on `metric`; without a value where the teacher gains nothing."""
+    """The row of the recovery on `metric`, whatever its sign; its reason says where that means little."""
     row: Row = {"task": TASK, "dataset": cohort.dataset, "metric": f"recovery of {metric}", "model": STUDENT}
     row |= {"value": None, "low": None, "high": None, "seeds": len(cohort.draws), "split": cohort.split}
     row |= {"verdict": "", "reason": leak}
@@ -115,10 +118,11 @@ def _recovery(cohort: Cohort, metric: str, found: dict[str, Result], leak: str) 
         return row | {"seeds": 0, "reason": leak or "not defined on these cells"}
     student, control, teacher = (found[m].values[metric] for m in (STUDENT, CONTROL, TEACHER))
     gain = teacher - control
-    if not gain[0] > NOTHING:
-        reason = f"undefined: the teacher gains nothing here (teacher - RNA-only = {gain[0]:+.3f})"
-        return row | {"reason": reason}
+    if abs(gain[0]) < LEAST:
+        return row | {"reason": "undefined: the teacher does as well as the RNA-only model"}
     row["value"] = float((student - control)[0] / gain[0])
+    if gain[0] <= NOTHING:
+        return row | {"reason": f"{NO_GAIN} (teacher - RNA-only = {gain[0]:+.3f}), so the ratio means little"}
     if (gain[1:] <= 0).mean() > 0.025:
         return row | {"reason": "no interval: the teacher's gain is not clear of zero"}
     row["low"], row["high"] = interval((student - control) / np.where(gain > 0, gain, np.nan))

@@ -86,7 +86,9 @@ def _summary(report: Mapping[str, Any]) -> str:
 def _tiles(student: Mapping[str, Any]) -> str:
     share = student["teacher_parameters"] / max(student["parameters"], 1)
     held = student["fidelity"]
-    of = f"of {student['recovery_of']}" if student.get("recovery_of") else "the teacher gains nothing"
+    of = f"of {student['recovery_of']}" if student.get("recovery_of") else "is not defined"
+    if student.get("recovery_note"):
+        of += f"; {student['recovery_note']}"
     rate = student["cells_per_cpu_second"]
     tiles = [
         (_count(student["parameters"]), f"parameters; the teacher has {share:.1f} times as many"),

@@ -122,19 +122,22 @@ def student_facts(scores: Sequence[Row]) -> dict[str, Any]:
     """`fidelity` and `recovery` of the student: medians over the data sets, None where never defined.
 
     Recovery is of a numeric target within labels where there is one, else of a whole target, else
-    of the label; `recovery_of` says which.
+    of the label; `recovery_of` says which. Data sets on which the teacher gains nothing count
+    only where there is no other, and `recovery_note` says so then.
     """
     own = [row for row in scores if row["model"] == "student" and row["value"] is not None]
     held = {
         name.replace(" ", "_"): _median([r for r in own if (r["task"], r["metric"]) == (fidelity.TASK, name)])
         for name in ("cosine", "knn overlap")
     }
-    recovered = [r for r in own if r["metric"].startswith("recovery of ")]
+    every = [r for r in own if r["metric"].startswith("recovery of ")]
+    recovered = [r for r in every if not r["reason"].startswith(missing.NO_GAIN)] or every
     kinds = sorted({r["metric"] for r in recovered}, key=_preference)
     kind = kinds[0] if kinds else ""
     return {
         "recovery": _median([r for r in recovered if r["metric"] == kind]),
         "recovery_of": kind.removeprefix("recovery of "),
+        "recovery_note": next((r["reason"] for r in recovered if r["metric"] == kind), ""),
         "fidelity": held,
     }
 
