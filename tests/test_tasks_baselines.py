@@ -94,3 +94,9 @@ def test_the_autoencoder_loss_is_a_negative_binomial_likelihood():
     likely = torch.distributions.NegativeBinomial(r, logits=rate.log() - r.log()).log_prob(counts)
     constant = torch.lgamma(counts + 1)
     assert ours.item() == pytest.approx(-(likely + constant).mean().item(), rel=1e-4)
+
+
+def test_a_ridge_on_one_output_keeps_its_column():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(40, 5)), rng.normal(size=(7, 5))
+    assert baselines.ridge(train, train[:, :1], test).shape == (7, 1)
