@@ -29,9 +29,9 @@ def command(folder, *settings):
 def settings(folder):
     return [
         f"run={folder}",
-        "unimodal.epochs=0.5",
-        "joint.epochs=12",
-        "distil.epochs=1",
+        "unimodal.epochs=0.2",
+        "joint.epochs=5",
+        "distil.epochs=0.4",
         "checkpoint_seconds=0",
     ]
 
