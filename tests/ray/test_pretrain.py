@@ -30,25 +30,40 @@ def settings(folder):
     return [
         f"run={folder}",
         "unimodal.epochs=0.2",
-        "joint.epochs=5",
+        "joint.epochs=25",
         "distil.epochs=0.4",
-        "checkpoint_seconds=0",
+        "checkpoint_seconds=0.1",
     ]
 
 
-def alive(session):
-    """Processes of a session, by their status files."""
-    found = []
+def of(session):
+    """Processes of a session, with their names."""
+    found = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             try:
                 with open(f"/proc/{entry.name}/stat") as file:
                     fields = file.read().rpartition(")")[2].split()
+                with open(f"/proc/{entry.name}/cmdline") as file:
+                    name = file.read()
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
+                found[int(entry.name)] = name
     return found
+
+
+def killed(process):
+    """Kill the driver alone, and wait until the workers it had started have ended by themselves."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while any("RayTrainWorker" in name for name in of(process.pid).values()):
+        assert time.monotonic() < deadline, of(process.pid)
+        time.sleep(0.1)
+    for pid in of(process.pid):  # Ray's agents take minutes to see that they are alone
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
@@ -60,12 +75,7 @@ def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path
         assert first.poll() is None, first.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    first.stdout.close()
-    while alive(first.pid):  # what the driver had started ends by itself
-        assert time.monotonic() < deadline, alive(first.pid)
-        time.sleep(0.1)
+    killed(first)
     reached = checkpoint.steps(folder)[-1]
     assert not storage.exists(str(tmp_path / "stages" / "joint" / "stage.json"))
 
@@ -101,10 +111,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
         if name == "broken":
             while len(checkpoint.steps(steps)) < 2:
                 time.sleep(0.05)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            while alive(process.pid):
-                time.sleep(0.1)
+            killed(process)
             process = command(folder, *settings(folder))
         said, _ = process.communicate(timeout=250)
         assert process.returncode == 0, said
