@@ -61,6 +61,46 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_content_is_verified(folder):
+    url = storage.join(folder, "a.bin")
+    storage.write_bytes(url, b"data")
+    assert storage.read_verified(url, storage.sha256(b"data")) == b"data"
+    with pytest.raises(ValueError, match=rf"{url} has sha256 {storage.sha256(b'data')[:16]}…") as error:
+        storage.read_verified(url, storage.sha256(b"other"))
+    assert storage.sha256(b"other")[:16] in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        storage.read_verified(url + "x", storage.sha256(b"data"))
+
+
+def test_blocks_are_read_like_a_file(folder):
+    data = bytes(range(256)) * 10
+    url = storage.join(folder, "a.bin")
+    storage.write_bytes(url, data)
+    with storage.open_blocks(url, 100) as file:
+        assert file.read(3) == data[:3]
+        assert file.seek(-5, os.SEEK_END) == len(data) - 5
+        assert file.read() == data[-5:]
+        assert file.seek(95) == 95
+        assert file.read(210) == data[95:305]
+        assert file.seek(-5, os.SEEK_CUR) == 300
+        assert file.read(400) == data[300:700]
+        file.seek(len(data) + 1)
+        assert file.read(1) == b""
+
+
+def test_what_the_user_configured_goes_before_our_settings(monkeypatch):
+    ours = storage.options("s3://bucket/a")["config_kwargs"]
+    assert ours["read_timeout"] == storage.STALL
+    assert ours["retries"]["total_max_attempts"] == storage.ATTEMPTS
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 60}})
+    found = storage.options("s3://bucket/a")["config_kwargs"]
+    assert found == ours | {"read_timeout": 60}
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    assert "retries" not in storage.options("s3://bucket/a")["config_kwargs"]
+    assert storage.options("/local/path") == {"use_listings_cache": False}
+    assert storage.locate("s3://bucket/a")[0].config_kwargs["read_timeout"] == 60
+
+
 def test_paths_join_and_become_absolute(tmp_path, monkeypatch):
     assert storage.join("s3://bucket/run/", "store", "a.json") == "s3://bucket/run/store/a.json"
     monkeypatch.chdir(tmp_path)
