@@ -206,7 +206,7 @@ def test_malformed_json_is_refused_with_the_place(app, body, says, pointer):
 
 def test_what_is_no_raw_count_is_refused_with_the_cell(app):
     body = indexed(tiny.counts(5))
-    odd = ((0.693, "normalised to a depth"), (-1, "negative"), (1e300, "above"), (2**32, "above"))
+    odd = ((0.693, "not whole"), (-1, "negative"), (1e300, "above"), (2**32, "above"))
     for bad, looks in odd:
         body["cells"][3]["x"][0] = bad
         said = problem_of(post(app, body), 422, "wrong_scale")

@@ -1,9 +1,6 @@
-"""The formats that cells come in: HDF5 files and zarr folders, and what AnnData keeps in them.
+"""The formats that cells come in: HDF5 files and zarr folders, and the data frames AnnData keeps in them."""
 
-Links out of a file are not followed.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,20 +8,29 @@ import h5py
 import numpy as np
 import pandas as pd
 import zarr
-from anndata.io import read_elem
 from fsspec.implementations.local import LocalFileSystem
 
 from cellray.data import storage
+from cellray.data.guard import SOMA, check_folder, check_hdf5, check_url, check_whole, item, whole
+
+DAMAGE = (OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError)
+"""What libraries raise, beside ValueError, over a file whose descriptions of its content are damaged."""
 
 
 @contextmanager
 def opened(url: str) -> Iterator[Any]:
-    """The root group of an HDF5 file or zarr folder. ValueError says what is there instead."""
+    """The root group of an HDF5 file or zarr folder, guarded. ValueError says what is there instead."""
+    check_url(url)
     fs, path = storage.locate(url)
     if not fs.exists(path):
         raise ValueError(f"{url} does not exist")
     with ExitStack() as stack:
         if fs.isdir(path):
+            if isinstance(fs, LocalFileSystem):
+                with naming(url):
+                    check_folder(path)
+            if fs.exists(f"{path}/__group") or fs.exists(f"{path}/__tiledb_group.tdb"):
+                raise ValueError(f"{url} {SOMA}")
             yield _zarr(url)
             return
         if path.endswith(".zip"):
@@ -37,14 +43,18 @@ def opened(url: str) -> Iterator[Any]:
             root = h5py.File(file, "r")
         except OSError as error:
             raise _no_hdf5(url, bytes(fs.cat_file(path, 0, 512)), str(error)) from None
-        yield stack.enter_context(root)
+        stack.enter_context(root)
+        with naming(url):
+            check_hdf5(root)
+        yield root
 
 
 def _zarr(url: str) -> Any:
     try:
         return zarr.open_group(url, mode="r")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise ValueError(f"{url} is a folder but no zarr group: {error}") from None
+    except (ValueError, *DAMAGE) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{url} is a folder but no zarr group: {said}") from None
 
 
 def _no_hdf5(url: str, head: bytes, error: str) -> ValueError:
@@ -64,7 +74,9 @@ def _no_hdf5(url: str, head: bytes, error: str) -> ValueError:
         why = f"is a text file that starts with {head[:40].decode(errors='replace')!r}"
     else:
         why = "is of an unknown format"
-    return ValueError(f"{url} {why}. An .h5ad, .h5mu or .zarr of AnnData or MuData is needed.")
+    return ValueError(
+        f"{url} {why}. An .h5ad, .h5mu or .zarr of AnnData or MuData is needed, or an .h5 of 10x Genomics."
+    )
 
 
 @contextmanager
@@ -74,26 +86,11 @@ def naming(url: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise error if url in str(error) else ValueError(f"{url}: {error}") from None
-    except (OSError, KeyError, RuntimeError) as error:
+    except DAMAGE as error:
         said = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{url} cannot be read: {said}. It is damaged or incomplete; fetch it again."
         ) from error
-
-
-def item(group: Any, path: str) -> Any:
-    """`group[path]`, refusing what lies outside of the file."""
-    for name in path.split("/"):
-        if isinstance(group, h5py.Group):
-            link = group.get(name, getlink=True)
-            if link is not None and not isinstance(link, h5py.HardLink):
-                raise ValueError(f"{group.name}/{name} is a link out of its place, which is not followed")
-        if name not in group:
-            raise ValueError(f"there is no {path}; the file is incomplete")
-        group = group[name]
-        if isinstance(group, h5py.Dataset) and (group.external or group.is_virtual):
-            raise ValueError(f"{group.name} takes its values from another file, which is not followed")
-    return group
 
 
 def has(group: Any, path: str) -> bool:
@@ -105,19 +102,60 @@ def has(group: Any, path: str) -> bool:
     return True
 
 
+def rows_in(frame: Any) -> int:
+    """Rows of a stored data frame, without reading their names."""
+    node = item(frame, _index(frame))
+    if isinstance(node, h5py.Group | zarr.Group):
+        node = item(node, "codes" if "codes" in node else "values")
+    if not isinstance(node, h5py.Dataset | zarr.Array) or len(node.shape) != 1:
+        raise ValueError(f"{frame.name} has no row names; the file is damaged")
+    return int(node.shape[0])
+
+
 def row_names(frame: Any) -> np.ndarray:
     """Row names of a stored data frame."""
-    name = frame.attrs.get("_index", "_index")
-    return column(frame, str(name))
+    return column(frame, _index(frame))
+
+
+def _index(frame: Any) -> str:
+    return str(frame.attrs.get("_index", "_index"))
 
 
 def column(frame: Any, name: str) -> np.ndarray:
     """A column of a stored data frame as text, "" for missing values."""
     node = item(frame, name)
-    if isinstance(node, h5py.Group):
-        for part in node:
-            item(node, part)
-    return _text(read_elem(node))
+    if not isinstance(node, h5py.Group | zarr.Group):
+        # AnnData before 0.8 wrote what a column's numbers stand for elsewhere.
+        other = node.attrs.get("categories")
+        return _text(_values(node)) if other is None else _decoded(_values(node), _values(frame[other]))
+    if "codes" in node:
+        return _decoded(_values(item(node, "codes")), _values(item(node, "categories")))
+    values, missing = _values(item(node, "values")), _values(item(node, "mask"))
+    if missing.dtype != bool or missing.shape != values.shape:
+        raise ValueError(f"{node.name} has {len(values):,} values but a mask that does not fit them")
+    return np.where(missing, "", _text(values))
+
+
+def _decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
+    """The category of each code as text, "" for -1, which is none."""
+    if codes.dtype.kind not in "iu" or (
+        codes.size and not -1 <= int(codes.min()) <= int(codes.max()) < len(categories)
+    ):
+        raise ValueError(f"a column has codes that are not among its {len(categories):,} categories")
+    return np.append(_text(categories), "")[codes]
+
+
+def _values(array: Any) -> np.ndarray:
+    """All of a list; text as Python's own."""
+    if not isinstance(array, h5py.Dataset | zarr.Array) or len(array.shape) != 1:
+        raise ValueError(f"{getattr(array, 'name', array)} is no list, as a column is")
+    if isinstance(array, h5py.Dataset) and h5py.check_string_dtype(array.dtype):
+        check_whole(array)
+        return np.asarray(array.asstr()[...], object)
+    values = whole(array)
+    if values.dtype.kind in "biuf":
+        return values
+    return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist()], object)
 
 
 def column_names(frame: Any) -> list[str]:
@@ -125,68 +163,7 @@ def column_names(frame: Any) -> list[str]:
     return [str(name) for name in frame.attrs.get("column-order", [])]
 
 
-def _text(values: Any) -> np.ndarray:
-    """Values as text, "" for missing ones."""
+def _text(values: np.ndarray) -> np.ndarray:
+    """Values as text, "" for missing ones, object."""
     series = pd.Series(values)
-    missing = series.isna().to_numpy()
-    if isinstance(series.dtype, pd.CategoricalDtype):
-        categories = series.cat.categories.astype(str).to_numpy(dtype=object)
-        codes = series.cat.codes.to_numpy()
-        filled = categories[codes] if len(categories) else np.full(len(codes), "", object)
-    else:
-        filled = series.astype(str).to_numpy(dtype=object)
-    return np.where(missing, "", filled)
-
-
-class Dense:
-    """A matrix stored whole."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-        self.shape = tuple(int(n) for n in array.shape)
-        self.stored = int(np.prod(self.shape, dtype=np.int64))
-        if len(self.shape) != 2:
-            raise ValueError(f"counts have {len(self.shape)} dimensions, not cells x features")
-
-
-class Sparse:
-    """A matrix stored by rows (CSR) or by columns (CSC), its arrays checked against each other."""
-
-    def __init__(self, group: Any, by_column: bool, shape: Sequence[int]) -> None:
-        self.by_column = by_column
-        self.shape = (int(shape[0]), int(shape[1]))
-        self.data, self.indices = item(group, "data"), item(group, "indices")
-        self.indptr = np.asarray(item(group, "indptr")[:]).astype(np.int64)
-        self.stored = int(self.data.shape[0])
-        outer, self._inner = (self.shape[1], self.shape[0]) if by_column else self.shape
-        if len(self.indptr) != outer + 1:
-            raise _lies(f"indptr has {len(self.indptr):,} entries, {outer + 1:,} were expected")
-        if self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any():
-            raise _lies("indptr does not start at 0 or falls")
-        if self.indptr[-1] != self.stored or self.indices.shape[0] != self.stored:
-            raise _lies(
-                f"indptr ends at {int(self.indptr[-1]):,}, with {self.stored:,} values and "
-                f"{int(self.indices.shape[0]):,} indices"
-            )
-
-    def inner(self, first: int, last: int) -> np.ndarray:
-        """Indices first … last - 1, checked."""
-        indices = np.asarray(self.indices[first:last])
-        if indices.size and (indices.min() < 0 or indices.max() >= self._inner):
-            raise _lies(f"an index lies outside 0 … {self._inner - 1:,}")
-        return indices.astype(np.int32 if self._inner < 2**31 else np.int64)
-
-
-def _lies(what: str) -> ValueError:
-    return ValueError(f"the sparse counts contradict themselves: {what}. The file is damaged; fetch it again")
-
-
-def matrix_of(node: Any) -> Dense | Sparse:
-    """The counts stored at `node`, unread."""
-    if isinstance(node, h5py.Dataset | zarr.Array):
-        return Dense(node)
-    kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format"))
-    shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
-    if kind in ("csr_matrix", "csr", "csc_matrix", "csc") and shape is not None:
-        return Sparse(node, kind.startswith("csc"), shape)
-    raise ValueError(f"counts are stored as {kind!r}; a CSR, CSC or dense matrix is needed")
+    return np.where(series.isna(), "", series.astype(str).to_numpy(dtype=object))

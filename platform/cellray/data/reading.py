@@ -1,12 +1,12 @@
-"""Cells out of .h5ad, .h5mu and zarr files at any URL: names at once, raw counts by row ranges.
+"""Cells out of .h5ad, .h5mu, zarr and 10x Genomics .h5 files at any URL: names, raw counts by row ranges.
 
-Nothing is loaded whole but names and, of sparse counts, one number a cell. Links out of a file
-are not followed.
+Nothing is loaded whole but names, when they are asked for. What a file may hold is in `guard`.
 """
 
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import h5py
@@ -15,19 +15,11 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from cellray.data.counts import check_counts
-from cellray.data.formats import (
-    Dense,
-    Sparse,
-    column,
-    column_names,
-    has,
-    item,
-    matrix_of,
-    naming,
-    opened,
-    row_names,
-)
+from cellray.data import tenx
+from cellray.data.counts import check_counts, counts_of
+from cellray.data.formats import column, column_names, has, naming, opened, row_names, rows_in
+from cellray.data.guard import item
+from cellray.data.matrices import KEPT, Dense, Sparse, canonical, matrix_of
 from cellray.data.modalities import PEAK
 
 SYMBOLS = ("symbol", "gene_symbol", "gene_symbols", "feature_name", "gene_name")
@@ -38,83 +30,93 @@ ALIASES = {"gex": "rna", "gene": "rna", "prot": "protein", "adt": "protein", "pe
 """What modalities of MuData files are called elsewhere."""
 CELLXGENE = ("assay_ontology_term_id", "cell_type_ontology_term_id")
 """obs columns by which a file of the CELLxGENE schema is known."""
-KEPT = 32_000_000
-"""Counts of a file stored by columns (CSC) up to which they are turned to rows once and kept."""
-CHUNK = 8_000_000
-"""Counts read at a time from a file stored by columns, and values at a time from a dense one."""
 
 
 @contextmanager
 def open_source(url: str, *, modality: str = "", layer: str = "", names: str = "") -> Iterator["Source"]:
     """The cells of one modality in the file at `url`, to be read while the `with` lasts.
 
-    `modality` picks one of a MuData file, by its key or a usual alias of it, and may stay "" if
-    the file has only one. `layer` is "" for X, "raw" for raw.X, else a layer. `names` is the var
-    column of the feature ids, "" for var_names; where the column is empty, var_names stand in.
+    `modality` picks one of a MuData file, by its key or a usual alias of it, or one kind of features
+    of a 10x Genomics file, and may stay "" if the file has only one. `layer` is "" for X, "raw" for
+    raw.X, else a layer. `names` is the var column of the feature ids, "" for var_names; where the
+    column is empty, var_names stand in.
 
-    ValueError, naming the file and what was found in it: missing, truncated or another format,
-    modality, layer or column that does not exist, cell names that repeat, counts that are none.
+    ValueError, naming the file and what was found in it: missing, truncated, hostile or another
+    format, modality, layer or column that does not exist, cell names that repeat, counts that are none.
     """
     with opened(url) as root:
         with naming(url):
-            node, shared = _modality(root, url, modality)
-            source = Source(url, node, shared, layer, names)
+            if tenx.holds(root):
+                source: Source = _TenX(url, root, modality, layer, names)
+            else:
+                node, shared = _modality(root, url, modality)
+                source = _AnnData(url, node, shared, layer, names)
         yield source
 
 
 class Source:
     """One modality of one file. Made by `open_source`."""
 
-    cell_names: np.ndarray
-    """Names of the cells, str [cells], each once."""
-    feature_names: np.ndarray
-    """Ids of the features as the file spells them, str [features]; they may repeat."""
-    symbols: np.ndarray
-    """A second name of each feature, "" where there is none, str [features]."""
+    shape: tuple[int, int]
+    """Cells and features."""
     by_column: bool
     """Stored by columns (CSC): `rows` reads the whole file, once up to KEPT counts, else each time."""
     stored: int
     """Numbers stored: non-zeros of a sparse matrix, all of a dense one."""
+    layer: str = ""
+    """Which counts these are, as `open_source` was told."""
+    where: str
+    """File and key of the counts, as messages name them."""
+    obs_columns: tuple[str, ...] = ()
+    """Names of what is known of each cell."""
+    has_raw: bool = False
+    """Whether there are counts in raw.X."""
+    genomes: tuple[str, ...] = ()
+    """Genomes of the features as the file names them, in order; none if it does not say."""
 
-    def __init__(self, url: str, node: Any, shared: Any, layer: str, names: str) -> None:
+    def __init__(self, url: str, matrix: Dense | Sparse) -> None:
         self.url = url
-        self._node, self._shared = node, shared
-        self.cell_names = row_names(item(node, "obs"))
-        _refuse_repeats(url, self.cell_names)
-        self.layer = layer
-        if not has(node, _key(layer)):
-            raise ValueError(
-                f"{url}: there are no counts in {_key(layer)}. It has "
-                f"{self._places() or 'no counts at all'}; say which with layer=."
-            )
-        self._matrix = matrix_of(item(node, _key(layer)))
-        var = item(node, "raw/var" if layer == "raw" else "var")
-        self.feature_names, self.symbols = _features(url, var, names)
-        self._check_shape()
-        self.by_column = isinstance(self._matrix, Sparse) and self._matrix.by_column
-        self.stored = self._matrix.stored
-        self._kept: sp.csr_matrix | None = None
+        self._matrix = matrix
+        self.shape = matrix.shape
+        self.by_column = matrix.by_column
+        self.stored = matrix.stored
+
+    @cached_property
+    def cell_names(self) -> np.ndarray:
+        """Names of the cells, str [cells], each once. ValueError for those that repeat."""
+        with naming(self.url):
+            names = self._cell_names()
+            if len(names) != self.shape[0]:
+                raise ValueError(
+                    f"{self.where} has {self.shape[0]:,} rows, but there are {len(names):,} cell names"
+                )
+        _refuse_repeats(self.url, names)
+        return names
 
     @property
-    def where(self) -> str:
-        """File and key of the counts, as messages name them."""
-        return f"{self.url}: {_key(self.layer)}"
+    def feature_names(self) -> np.ndarray:
+        """Ids of the features as the file spells them, str [features]; they may repeat."""
+        return self._names[0]
 
     @property
-    def obs_columns(self) -> list[str]:
-        """Names of what is known of each cell."""
-        own = column_names(item(self._node, "obs"))
-        shared = [] if self._shared is None else column_names(self._shared)
-        return own + [name for name in shared if name not in own]
+    def symbols(self) -> np.ndarray:
+        """A second name of each feature, "" where there is none, str [features]."""
+        return self._names[1]
+
+    @cached_property
+    def _names(self) -> tuple[np.ndarray, np.ndarray]:
+        with naming(self.url):
+            ids, symbols = self._feature_names()
+            if len(ids) != self.shape[1] or len(symbols) != self.shape[1]:
+                raise ValueError(
+                    f"{self.where} has {self.shape[1]:,} columns, but there are {len(ids):,} feature names"
+                )
+        return ids, symbols
 
     @property
     def cellxgene(self) -> bool:
         """Whether the file follows the CELLxGENE schema."""
         return set(CELLXGENE) <= set(self.obs_columns)
-
-    @property
-    def has_raw(self) -> bool:
-        return has(self._node, "raw/X")
 
     @property
     def looks_like_peaks(self) -> bool:
@@ -128,83 +130,105 @@ class Source:
         In a MuData file a column of the modality comes before one of the whole file.
         """
         with naming(self.url):
-            return {name: self._column(name) for name in columns}
+            found = {name: self._column(name) for name in columns}
+            for name, values in found.items():
+                if len(values) != self.shape[0]:
+                    said = f"{len(values):,} values, not {self.shape[0]:,}"
+                    raise ValueError(f"column {name!r} of obs has {said}: the file is damaged")
+        return found
 
     def step(self, rows: int) -> int:
-        """How many rows to read at a time where about `rows` are wanted: all, or many, if `by_column`."""
-        return max(rows, len(self.cell_names) * KEPT // max(1, self.stored)) if self.by_column else rows
+        """How many rows to read at a time where about `rows` are wanted.
+
+        All, or many, if `by_column`. Chunks of the file are decoded whole for any row of them, so no
+        fewer than are in one, and of a dense matrix a multiple of that.
+        """
+        if self.by_column:
+            return max(rows, self.shape[0] * KEPT // max(1, self.stored))
+        least = self._matrix.chunk_rows
+        return max(rows // least * least, least) if isinstance(self._matrix, Dense) else max(rows, least)
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
-        """Raw counts of cells start … stop - 1, int64 [stop - start, features].
+        """Raw counts of cells start … stop - 1, uint32 [stop - start, features].
 
-        Sorted within a row, duplicates summed, no zeros stored. Memory goes with the range alone,
-        but for files stored by columns (`by_column`).
+        Sorted within a row, duplicates summed, no zeros stored. Sums of uint32 are to be taken in 64
+        bits: those of a scipy matrix and of numpy are. Memory goes with the range alone, but for files
+        stored by columns (`by_column`).
         ValueError if they are no raw counts, or the sparse arrays contradict each other.
         """
         with naming(self.url):
-            counts = self._rows(start, stop)
-        counts.sum_duplicates()
-        counts.eliminate_zeros()
-        return counts
+            return canonical(self._rows(start, stop))
 
     def _rows(self, start: int, stop: int) -> sp.csr_matrix:
-        matrix = self._matrix
-        if isinstance(matrix, Dense):
-            return self._dense(matrix, start, stop)
-        if not matrix.by_column:
-            first, last = int(matrix.indptr[start]), int(matrix.indptr[stop])
-            data = self._checked(matrix.data[first:last])
-            indices = matrix.inner(first, last)
-            indptr = matrix.indptr[start : stop + 1] - first
-            return sp.csr_matrix((data, indices, indptr), shape=(stop - start, matrix.shape[1]))
-        if self._kept is None and matrix.stored <= KEPT:
-            self._kept = self._by_column(matrix, 0, matrix.shape[0])
-        if self._kept is not None:
-            return self._kept[start:stop]
-        return self._by_column(matrix, start, stop)
+        return self._matrix.rows(start, stop, self._checked)
 
-    def _by_column(self, matrix: Sparse, start: int, stop: int) -> sp.csr_matrix:
-        """Some rows of a matrix stored by columns: one pass over all of it, a part at a time."""
-        parts = []
-        begin = 0
-        while begin < matrix.shape[1]:
-            first = int(matrix.indptr[begin])
-            end = int(np.searchsorted(matrix.indptr, first + CHUNK, side="right")) - 1
-            end = min(max(end, begin + 1), matrix.shape[1])
-            last = int(matrix.indptr[end])
-            data = self._checked(matrix.data[first:last])
-            rows = matrix.inner(first, last)
-            lengths = np.diff(matrix.indptr[begin : end + 1])
-            columns = np.repeat(np.arange(begin, end, dtype=np.int32), lengths)
-            keep = (rows >= start) & (rows < stop)
-            parts.append((rows[keep] - start, columns[keep], data[keep]))
-            begin = end
-        shape = (stop - start, matrix.shape[1])
-        if not parts:
-            return sp.csr_matrix(shape, dtype=np.int64)
-        within, across, values = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return sp.csr_matrix((values, (within, across)), shape=shape)
-
-    def _dense(self, matrix: Dense, start: int, stop: int) -> sp.csr_matrix:
-        step = max(1, CHUNK // max(1, matrix.shape[1]))
-        parts = [sp.csr_matrix((0, matrix.shape[1]), dtype=np.int64)]
-        for first in range(start, stop, step):
-            parts.append(
-                sp.csr_matrix(self._checked(np.asarray(matrix.array[first : min(first + step, stop)])))
-            )
-        return sp.vstack(parts, format="csr")
-
-    def _checked(self, data: np.ndarray) -> np.ndarray:
-        """`data` as int64 if it is raw counts; else ValueError with where counts may be instead."""
+    def _checked(self, data: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
+        """`data` as uint32 if it is raw counts; else ValueError with where counts may be instead."""
         try:
-            check_counts(data, self.where)
+            return counts_of(data, self.where, starts)
         except ValueError as error:
-            others = [place for place in self._candidates() if place != self.layer and self._whole(place)]
+            others = self._others()
             if not others:
                 raise
             spelled = " or ".join(f"layer={place}" if place else "layer= (X)" for place in others)
             raise ValueError(f"{error} In this file {spelled} holds whole numbers.") from None
-        return data.astype(np.int64)
+
+    def _others(self) -> list[str]:
+        """Other places of the file that hold whole numbers."""
+        return []
+
+    def _cell_names(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def _feature_names(self) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    def _column(self, name: str) -> np.ndarray:
+        raise ValueError(f"{self.url}: obs has no column {name!r}; {_offer(name, self.obs_columns)}")
+
+
+class _AnnData(Source):
+    """An AnnData, or one of a MuData."""
+
+    def __init__(self, url: str, node: Any, shared: Any, layer: str, names: str) -> None:
+        self._node, self._shared, self._ids = node, shared, names
+        self.layer = layer
+        self.where = f"{url}: {_key(layer)}"
+        if not has(node, _key(layer)):
+            raise ValueError(
+                f"{url}: there are no counts in {_key(layer)}. It has "
+                f"{self._places() or 'no counts at all'}; say which with layer=."
+            )
+        super().__init__(url, matrix_of(item(node, _key(layer))))
+        self._var = item(node, "raw/var" if layer == "raw" else "var")
+        if names and names not in column_names(self._var):
+            raise ValueError(f"{url}: var has no column {names!r}; {_offer(names, column_names(self._var))}")
+        own = column_names(item(node, "obs"))
+        extra = [] if shared is None else column_names(shared)
+        self.obs_columns = (*own, *(name for name in extra if name not in own))
+        expected = rows_in(item(node, "obs")), rows_in(self._var)
+        if self.shape != expected:
+            raise ValueError(
+                f"{self.where} has the shape {self.shape}, but there are {expected[0]:,} cell names "
+                f"and {expected[1]:,} feature names: the file is damaged"
+            )
+
+    @property
+    def has_raw(self) -> bool:  # type: ignore[override]
+        return has(self._node, "raw/X")
+
+    @property
+    def genomes(self) -> tuple[str, ...]:  # type: ignore[override]
+        if "genome" not in column_names(self._var):
+            return ()
+        with naming(self.url):
+            return tuple(name for name in dict.fromkeys(column(self._var, "genome").tolist()) if name)
+
+    def _cell_names(self) -> np.ndarray:
+        return row_names(item(self._node, "obs"))
+
+    def _feature_names(self) -> tuple[np.ndarray, np.ndarray]:
+        return _features(self.url, self._var, self._ids)
 
     def _candidates(self) -> list[str]:
         layers = sorted(item(self._node, "layers").keys()) if "layers" in self._node else []
@@ -214,23 +238,16 @@ class Source:
         found = [name for name in self._candidates() if name or has(self._node, "X")]
         return ", ".join({"": "X", "raw": "raw.X"}.get(name, f"layer {name!r}") for name in found)
 
+    def _others(self) -> list[str]:
+        return [place for place in self._candidates() if place != self.layer and self._whole(place)]
+
     def _whole(self, layer: str) -> bool:
         """Whether the first numbers of another place pass as counts."""
-        matrix = matrix_of(item(self._node, _key(layer)))
-        some = matrix.data[:10_000] if isinstance(matrix, Sparse) else np.asarray(matrix.array[:10])
         try:
-            check_counts(some, "")
+            check_counts(matrix_of(item(self._node, _key(layer))).some(), "")
         except ValueError:
             return False
         return True
-
-    def _check_shape(self) -> None:
-        expected = (len(self.cell_names), len(self.feature_names))
-        if self._matrix.shape != expected:
-            raise ValueError(
-                f"{self.where} has the shape {self._matrix.shape}, but there are {expected[0]:,} cell names "
-                f"and {expected[1]:,} feature names: the file is damaged"
-            )
 
     def _column(self, name: str) -> np.ndarray:
         obs = item(self._node, "obs")
@@ -240,7 +257,34 @@ class Source:
             values = column(self._shared, name)
             places = pd.Index(row_names(self._shared)).get_indexer(pd.Index(self.cell_names))
             return np.where(places >= 0, values[places], "")
-        raise ValueError(f"{self.url}: obs has no column {name!r}; {_offer(name, self.obs_columns)}")
+        return super()._column(name)
+
+
+class _TenX(Source):
+    """One kind of features of a 10x Genomics matrix."""
+
+    def __init__(self, url: str, root: Any, modality: str, layer: str, names: str) -> None:
+        if layer:
+            raise ValueError(f"{url} is a 10x Genomics matrix, which has no layers: leave layer= empty")
+        self._file = tenx.Matrix(root)
+        self.where = f"{url}: {self._file.key}"
+        self._picked = self._file.pick(known(modality) if modality else "")
+        if names not in ("", *self._file.columns):
+            raise ValueError(f"{url} has no feature names {names!r}; {_offer(names, self._file.columns)}")
+        self._ids = names
+        super().__init__(url, self._file.counts)
+        self.shape = (self.shape[0], int(self._picked.sum()))
+        self.genomes = self._file.genomes(self._picked)
+
+    def _cell_names(self) -> np.ndarray:
+        return self._file.barcodes()
+
+    def _feature_names(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._file.names(self._picked, self._ids)
+
+    def _rows(self, start: int, stop: int) -> sp.csr_matrix:
+        counts = super()._rows(start, stop)
+        return counts if self._picked.all() else tenx.some_columns(counts, self._picked)
 
 
 def _key(layer: str) -> str:
@@ -249,7 +293,9 @@ def _key(layer: str) -> str:
 
 
 def modality_keys(root: Any) -> list[str]:
-    """Modalities of a MuData file, as it names them; none for an AnnData."""
+    """Modalities of a MuData file or 10x Genomics matrix, as it names them; none for an AnnData."""
+    if tenx.holds(root):
+        return tenx.Matrix(root).kinds
     return sorted(item(root, "mod").keys()) if "mod" in root and "X" not in root else []
 
 
@@ -285,7 +331,9 @@ def _expect_anndata(node: Any, url: str) -> None:
     found = ", ".join(sorted(node.keys())[:8]) or "nothing"
     hint = ""
     if "matrix" in node and not isinstance(node["matrix"], h5py.Dataset | zarr.Array):
-        hint = " It looks like 10x Genomics output: read it with scanpy.read_10x_h5 and write an .h5ad."
+        hint = " It looks like 10x Genomics output without its matrix/features: it is damaged."
+    elif "molecule_info" in url or "umi" in node:
+        hint = " It looks like molecules of 10x Genomics: give filtered_feature_bc_matrix.h5."
     elif "row_attrs" in node:
         hint = " It looks like a loom file: read it with anndata.io.read_loom and write an .h5ad."
     raise ValueError(f"{url} is no AnnData: it has no obs and var but {found}.{hint}")
@@ -304,8 +352,6 @@ def _features(url: str, var: Any, names: str) -> tuple[np.ndarray, np.ndarray]:
             )
     ids = own
     if names:
-        if names not in columns:
-            raise ValueError(f"{url}: var has no column {names!r}; {_offer(names, columns)}")
         ids = column(var, names)
         ids = np.where(ids == "", own, ids)
     second = next((c for c in SYMBOLS if c in columns and c != names), "")
