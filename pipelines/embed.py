@@ -193,7 +193,7 @@ def outcomes(job: "Job", workers: int | None) -> Iterator[dict[str, Any]]:
     import ray
     from ray.data import ActorPoolStrategy, from_items
 
-    from cellray.data.ingest import hush
+    from cellray.data.work import hush
     from pipelines.parts import Worker
 
     hush()

@@ -34,6 +34,7 @@ def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     import ray
 
     from cellray.data.ingest import ingest
+    from cellray.data.store import Store
     from cellray.tasks import figures
     from cellray.train.run import Run
 
@@ -41,6 +42,13 @@ def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     with cluster.connect(threads=recipe.threads):
         run.claim()
         ingested = ingest(recipe, run.store_url, ingesting.Steps(progress))
+        ingesting.write(ingested, run.store_url)
+        ingesting.complete(ingested, recipe)
+        if run.store.hash != Store(run.store_url).hash:
+            raise ValueError(
+                f"{run.store_url} has grown since {run.url} was begun, which goes on with the cells it had: "
+                f"give a new run=, with store={run.store_url}, to train on all of them"
+            )
         pretrain(recipe, progress)
         scored = gather(run)
         panels = ray.remote(num_cpus=CPUS)(figures.panels).remote(scored, silent)

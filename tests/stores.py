@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cellray.data import storage
 from cellray.data.modalities import BUILT_IN
-from cellray.data.store import ABOUT, cell_table, encode_shard
+from cellray.data.store import ABOUT, VERSION, cell_table, edition_path, encode_shard, index_of
 from cellray.data.tokens import POOLED, Tokenizer, Vocabulary
 from cellray.data.truth import Simulation, cells_of, gene_ids, peak_ids, protein_ids
 from cellray.train.recipe import load, override
@@ -42,13 +42,20 @@ def write(folder, simulation=SIMULATION, shard=150):
     about["label"] = cells.cell_type.astype(str).tolist()
     ids = [f"sim:c{i}" for i in range(simulation.cells)]
     table = cell_table(tokenizer, ids, about, present, counts)
-    shards: list = []
+    write_table(folder, table, tokenizer, shard)
+
+
+def write_table(folder, table, tokenizer, shard, *, edition=1, older=()):
+    """A store of the rows of `table`, `shard` a shard, after the shards `older`; returns all its shards."""
+    shards = list(older)
     for first in range(0, len(table), shard):
         part = table.slice(first, shard)
         data = encode_shard(part)
-        name = f"{len(shards):05d}-{storage.sha256(data)}.arrow"
+        digest = storage.sha256(data)
+        name = f"{len(shards):05d}-{digest}.arrow"
         storage.write_bytes(storage.join(folder, "shards", name), data)
-        shards.append({"name": name, "sha256": storage.sha256(data), "bytes": len(data), "rows": len(part)})
+        facts = {"name": name, "sha256": digest, "bytes": len(data), "rows": len(part)}
+        shards.append(facts | {"index": index_of(data)})
     sink = io.BytesIO()
     words = tokenizer.to_arrow()
     with pa.ipc.new_file(sink, words.schema) as writer:
@@ -56,8 +63,9 @@ def write(folder, simulation=SIMULATION, shard=150):
     digest = storage.sha256(sink.getvalue())
     storage.write_bytes(storage.join(folder, f"vocabulary-{digest}.arrow"), sink.getvalue())
     vocabulary = {"name": f"vocabulary-{digest}.arrow", "sha256": digest}
-    manifest = {"version": 1, "vocabulary": vocabulary, "shards": shards}
-    storage.write_bytes(storage.join(folder, "store.json"), json.dumps(manifest).encode())
+    manifest = {"version": VERSION, "vocabulary": vocabulary, "shards": shards}
+    storage.write_bytes(edition_path(folder, edition), json.dumps(manifest).encode())
+    return shards
 
 
 def run(folder, **changes):

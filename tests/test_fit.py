@@ -101,6 +101,20 @@ def test_held_out_cells_are_never_trained_on(tmp_path):
     assert cells == (rna & ~run.test).sum()
 
 
+def test_a_run_keeps_the_edition_of_the_store_it_began_with(tmp_path):
+    before = quick(tmp_path)
+    assert before.test.any()
+    manifest = before.store.manifest
+    (tmp_path / "store" / "store-000002.json").write_text(
+        json.dumps(manifest | {"edition": 2, "shards": manifest["shards"][:1]})
+    )
+    after = quick(tmp_path)
+    assert after.store.hash == before.store.hash
+    assert len(after.test) == len(before.test)
+    other = quick(tmp_path / "other", store=str(tmp_path / "store"))
+    assert len(other.store) < len(before.store)
+
+
 def test_another_recipe_is_refused_in_the_same_folder(tmp_path):
     run = quick(tmp_path)
     run.claim()

@@ -29,7 +29,8 @@ def tokenizer():
 
 def reference(row, means):
     """Ids and counts of one cell in rank order, one comparison after the other."""
-    found = [(-(count / means[i]), i, count) for i, count in enumerate(row) if count > 0]
+    weight = (1 / means).astype(np.float32)
+    found = [(-(np.float32(count) * weight[i]), i, count) for i, count in enumerate(row) if count > 0]
     return [(i, count) for _, i, count in sorted(found)]
 
 

@@ -286,7 +286,7 @@ def _inspect_store(options: argparse.Namespace) -> dict[str, Any]:
         tokens = cells[f"{name}.length"].to_numpy().sum()
         shown[name] = f"{len(vocabulary):,} features, {present:,} cells, {tokens:,} tokens"
     for column in ("dataset", "donor", "assay", "species", "label"):
-        found = sorted(set(cells[column].to_pylist()) - {""})
+        found = sorted(set(cells.codes(column).dictionary.to_pylist()) - {""})
         shown[column] = f"{len(found):,}: " + ", ".join(found[:8]) if found else "none"
     return shown
 
@@ -319,6 +319,8 @@ def _validate_store(options: argparse.Namespace) -> str:
     from cellray.data.store import Store
 
     store = Store(options.path)
+    for shard in range(len(store.shards)):
+        store.verify(shard)
     batches = len(store.starts) - 1
     cells = sum(len(store.batch(number).rows) for number in range(batches))
     return f"every hash is right, {cells:,} cells of tokenizer {store.tokenizer.hash[:12]}"

@@ -25,6 +25,7 @@ SIMULATION = Simulation(cells=280, genes=60, peaks=80, proteins=7, depth=150)
 
 
 def make(atlas, store, **settings):
+    settings = {"qc__mads": 0} | settings
     recipe = override(Recipe(atlas=str(atlas)), {k.replace("__", "."): v for k, v in settings.items()})
     return ingest(recipe, str(store))
 
@@ -87,6 +88,21 @@ def _names(modality, features):
     return [ids(SIMULATION)[i] for i in features]
 
 
+def test_every_shard_knows_its_data_sets_donors_and_files(made):
+    store = Store(str(made[0]))
+    cells = store.cells.to_pandas()
+    first = 0
+    for number, shard in enumerate(store.shards):
+        own = cells[first : first + shard.rows]
+        first += shard.rows
+        found = store.lineage(number)
+        assert {n: e["cells"] for n, e in found.items()} == own["dataset"].value_counts().to_dict()
+        for name, entry in found.items():
+            assert entry["donors"] == own[own["dataset"] == name]["donor"].value_counts().to_dict()
+            assert all(len(file["sha256"]) == 64 for file in entry["files"])
+    assert {file["url"] for file in found["rna"]["files"]} == {"rna.zarr"}
+
+
 def test_cells_are_shuffled_over_shards_and_within(made):
     store = Store(str(made[0]))
     assert len(store.shards) > 2
@@ -126,7 +142,9 @@ def test_other_shard_sizes_hold_the_same_cells(made, atlas, tmp_path):
 def test_a_finished_store_is_returned_at_once_and_left_alone(made, atlas):
     before = {path: os.stat(made[0] / path).st_mtime_ns for path in content(made[0])}
     steps = []
-    recipe = override(Recipe(atlas=str(atlas)), {"ingest.unit_cells": 64, "ingest.shard_bytes": 5_000})
+    recipe = override(
+        Recipe(atlas=str(atlas)), {"qc.mads": 0, "ingest.unit_cells": 64, "ingest.shard_bytes": 5_000}
+    )
     assert ingest(recipe, str(made[0]), lambda *event: steps.append(event)) == made[1]
     assert steps == []
     assert {path: os.stat(made[0] / path).st_mtime_ns for path in content(made[0])} == before
@@ -143,9 +161,11 @@ class Stop(Exception):
     """The run was killed here."""
 
 
-@pytest.mark.parametrize(("step", "share"), [("count", 0.4), ("tokens", 0.5), ("shards", 0.5)])
+@pytest.mark.parametrize(("step", "share"), [("read", 0.4), ("count", 0.4), ("tokens", 0.5), ("shards", 0.5)])
 def test_a_run_that_stopped_goes_on_where_it_was(made, atlas, tmp_path, step, share):
-    recipe = override(Recipe(atlas=str(atlas)), {"ingest.unit_cells": 64, "ingest.shard_bytes": 5_000})
+    recipe = override(
+        Recipe(atlas=str(atlas)), {"qc.mads": 0, "ingest.unit_cells": 64, "ingest.shard_bytes": 5_000}
+    )
 
     def stop(name, done, total):
         if name == step and done > share * total:
@@ -190,7 +210,7 @@ def test_dropped_labels_features_and_cells_are_reported_with_their_counts(tmp_pa
         "too_few_features": 9,
         "feature_in_too_few_cells": 4,
     }
-    assert rna["cells_dropped"] == {"label": 3, "too_few_features": 2, "nothing_left": 0}
+    assert rna["cells_dropped"] == {"label": 3, "empty": 1, "too_few_features": 1, "nothing_left": 0}
     assert (rna["features_in"], rna["features_kept"]) == (12, 11)
     store = Store(str(tmp_path / "store"))
     cells = store.cells.to_pandas().set_index("cell_id")
@@ -223,7 +243,7 @@ def refused(atlas, tmp_path, match, **settings):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (np.log1p, "log-normalised"),
+        (np.log1p, "values that are not whole"),
         (lambda x: x - 2, "negative"),
         (lambda x: x / 7 * 1e4, "normalised to a depth"),
     ],
@@ -253,20 +273,82 @@ def test_a_bad_data_set_may_be_left_out_and_is_listed(tmp_path):
     (tmp_path / "early.h5ad").write_bytes(b"")
     rows = [{"dataset": n, "modality": "rna", "url": f"{n}.h5ad"} for n in ("early", "good", "late")]
     atlas = table(tmp_path / "atlas.csv", *rows)
-    refused(atlas, tmp_path, r"line 2: .*early\.h5ad is empty")
-    settings = {"ingest__allow_failed_files": True, "ingest__unit_cells": 20}
-    report = make(atlas, tmp_path / "store", **settings)
+    report = make(atlas, tmp_path / "store", ingest__unit_cells=20)
     assert [group["name"] for group in report["datasets"]] == ["good"]
     assert [entry["dataset"] for entry in report["failed"]] == ["early", "late"]
     assert "late.h5ad: X has values that are not whole" in report["failed"][1]["reason"]
     store = Store(str(tmp_path / "store"))
     assert len(store) == 50
     assert store.tokenizer.vocabularies["rna"].cells == {"": 50}
-    assert make(atlas, tmp_path / "store", **settings) == report
-    atlas = table(tmp_path / "atlas.csv", *rows[1:])
-    make(atlas, tmp_path / "other", **settings)
-    with pytest.raises(ValueError, match=r"without the data sets that failed: late: .*late\.h5ad"):
-        make(atlas, tmp_path / "other")
+    assert make(atlas, tmp_path / "store", ingest__unit_cells=20) == report
+    assert not [name for name in os.listdir(tmp_path / "store") if name.startswith(".parts")]
+
+
+def test_a_data_set_that_was_mended_comes_as_the_next_edition(tmp_path):
+    counts = poisson(50, 8)
+    for name, data in (("good", counts), ("late", counts[::-1] + 0.5)):
+        write(anndata(data), tmp_path / f"{name}.h5ad")
+    rows = [{"dataset": n, "modality": "rna", "url": f"{n}.h5ad"} for n in ("good", "late")]
+    atlas = table(tmp_path / "atlas.csv", *rows)
+    assert [entry["dataset"] for entry in make(atlas, tmp_path / "store")["failed"]] == ["late"]
+    write(anndata(poisson(30, 9, seed=4)), tmp_path / "late.h5ad")
+    report = make(atlas, tmp_path / "store")
+    assert report["failed"] == []
+    assert [(group["name"], group["cells_kept"]) for group in report["datasets"]] == [
+        ("good", 50),
+        ("late", 30),
+    ]
+    assert len(Store(str(tmp_path / "store"))) == 80
+
+
+def test_data_sets_are_added_as_an_edition_that_shares_shards_and_statistics(tmp_path):
+    counts = [poisson(40, 8, seed=seed) for seed in (1, 2)]
+    rows = [{"dataset": n, "modality": "rna", "url": f"{n}.h5ad"} for n in "ab"]
+    write(anndata(counts[0]), tmp_path / "a.h5ad")
+    more = np.concatenate([counts[1], np.full((40, 1), 3.0, np.float32)], axis=1)
+    write(anndata(more), tmp_path / "b.h5ad")
+    folder = tmp_path / "store"
+    first = make(table(tmp_path / "one.csv", rows[0]), folder)
+    before = content(folder)
+    report = make(table(tmp_path / "two.csv", *rows), folder)
+    after = content(folder)
+    assert {path: after[path] for path in before} == before
+    assert report["datasets"][0] == first["datasets"][0]
+    assert report["datasets"][1]["modalities"]["rna"]["features_dropped"] == {"not_in_vocabulary": 1}
+    assert report["datasets"][1]["modalities"]["rna"]["counts_dropped"]["feature_not_in_vocabulary"] == 120
+    old, new = json.loads(after["store.json"]), json.loads(after["store-000002.json"])
+    assert new["shards"][: len(old["shards"])] == old["shards"]
+    assert (new["tokenizer"], new["edition"]) == (old["tokenizer"], 2)
+    ids, found = whole(Store(str(folder)))
+    whole_counts = np.concatenate(counts)
+    at = [int(cell[3:]) + 40 * (cell[0] == "b") for cell in ids]
+    np.testing.assert_array_equal(found["rna"].toarray(), whole_counts[at])
+    assert make(table(tmp_path / "two.csv", *rows), folder) == report
+    with pytest.raises(ValueError, match=r"store-000002\.json is of a store.*b\.h5ad of b is no longer read"):
+        make(table(tmp_path / "one.csv", rows[0]), folder)
+
+
+def test_cells_that_another_data_set_holds_already_are_dropped_within_and_across_editions(tmp_path):
+    counts = poisson(30, 60, mean=2.0)
+    write(anndata(counts), tmp_path / "a.h5ad")
+    write(anndata(counts[:7, ::-1], features=[f"ENSG{i:011d}" for i in range(60)][::-1]), tmp_path / "b.h5ad")
+    rows = [{"dataset": n, "modality": "rna", "url": f"{n}.h5ad"} for n in "ab"]
+    report = make(table(tmp_path / "t.csv", *rows), tmp_path / "both")
+    assert report["dropped"]["duplicate"] == 7
+    make(table(tmp_path / "a.csv", rows[0]), tmp_path / "later")
+    assert make(table(tmp_path / "t.csv", *rows), tmp_path / "later")["dropped"]["duplicate"] == 7
+    kept = make(table(tmp_path / "t.csv", *rows), tmp_path / "kept", qc__duplicates="keep")
+    assert kept["cells_kept"] == 37
+
+
+def test_outliers_of_a_data_set_are_dropped_and_told(tmp_path):
+    counts = poisson(200, 80, mean=2.0)
+    counts[11] *= 100
+    report = make(one(tmp_path, counts), tmp_path / "store", qc__mads=5)
+    assert report["datasets"][0]["dropped"]["outlier_counts"] >= 1
+    assert report["cells_kept"] + sum(report["dropped"].values()) == 200
+    (judged,) = report["quality"]
+    assert judged["groups"][0]["limits"]["counts"][1] < counts[11].sum()
 
 
 def test_what_failed_once_and_not_again_does_not_mix_with_earlier_tokens(tmp_path):
@@ -274,10 +356,10 @@ def test_what_failed_once_and_not_again_does_not_mix_with_earlier_tokens(tmp_pat
         data = anndata(poisson(30, 8, seed=number), features=[f"{name}{i}" for i in range(8)])
         write(data, tmp_path / f"{name}.h5ad")
     rows = [{"dataset": n, "modality": "rna", "url": f"{n}.h5ad"} for n in ("a", "b")]
-    recipe = override(Recipe(atlas=table(tmp_path / "t.csv", *rows)), {"ingest.allow_failed_files": True})
+    recipe = override(Recipe(atlas=table(tmp_path / "t.csv", *rows)), {"qc.mads": 0})
 
     def stop(name, done, total):
-        if name == "count" and done == 0:
+        if name == "read" and done == 0:
             os.rename(tmp_path / "a.h5ad", tmp_path / "gone.h5ad")
         if name == "shards":
             raise Stop
@@ -326,14 +408,16 @@ def test_the_command_shows_what_it_would_read_and_what_it_made(tmp_path, capsys)
     recipe = Recipe(atlas=atlas, run=str(tmp_path / "run"))
     assert command.run(recipe, Options(dry_run=True, progress="quiet")) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^d +rna +cells\.h5ad +20 +0 +8 +\d+$", out, re.MULTILINE)
+    assert re.search(r"^d +rna +human +cells\.h5ad +20 +0 +8 +0 +\d+$", out, re.MULTILINE)
+    assert re.search(r"^store: about [\d.,]+ (bytes|kB)", out, re.MULTILINE)
+    assert re.search(r"^time: about \d+ s of one core", out, re.MULTILINE)
     assert "nothing was written" in out
     assert not (tmp_path / "run").exists()
     assert command.run(recipe, Options(progress="plain")) == 0
     shown = capsys.readouterr()
     assert re.search(r"^d +rna +20 +20 +8 +8 +(\d+) +\1$", shown.out, re.MULTILINE)
     assert "20 of 20 cells kept" in shown.out
-    assert [line.split()[0] for line in shown.err.splitlines()] == ["count", "tokens", "shards"]
+    assert [line.split()[0] for line in shown.err.splitlines()] == ["read", "count", "tokens", "shards"]
     assert len(Store(str(tmp_path / "run" / "store"))) == 20
 
 

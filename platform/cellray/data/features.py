@@ -18,9 +18,8 @@ def merge_columns(counts: sp.csr_matrix, target: np.ndarray, size: int) -> sp.cs
     moved = target[counts.indices]
     keep = moved >= 0
     before = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
-    merged = sp.csr_matrix(
-        (counts.data[keep], moved[keep], before[counts.indptr]), shape=(counts.shape[0], size)
-    )
+    data = counts.data[keep].astype(np.int64)
+    merged = sp.csr_matrix((data, moved[keep], before[counts.indptr]), shape=(counts.shape[0], size))
     if not merged.has_sorted_indices:
         merged = merged.tocsc().tocsr()  # there and back sorts in linear time, four times faster
     merged.sum_duplicates()
@@ -49,18 +48,10 @@ class Tally:
         self.nonzero[assay] += nonzero
         self.cells[assay] += cells
 
-
-def tally(counts: sp.csr_matrix, assays: Sequence[str] | np.ndarray) -> Tally:
-    """Statistics of `counts` [cells, features], canonical; `assays` names the assay of each cell."""
-    found = Tally(counts.shape[1])
-    names, codes = np.unique(np.asarray(assays, dtype=str), return_inverse=True)
-    for number, name in enumerate(names):
-        part = counts[np.flatnonzero(codes == number)] if len(names) > 1 else counts
-        sums = np.zeros(counts.shape[1], np.int64)
-        np.add.at(sums, part.indices, part.data.astype(np.int64))
-        nonzero = np.bincount(part.indices, minlength=counts.shape[1]).astype(np.int64)
-        found.add(str(name), sums, nonzero, part.shape[0])
-    return found
+    def update(self, other: "Tally") -> None:
+        """Add what another one holds of the same features."""
+        for assay in other.sums:
+            self.add(assay, other.sums[assay], other.nonzero[assay], other.cells[assay])
 
 
 def vocabulary(

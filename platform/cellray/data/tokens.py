@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from cellray.data.modalities import Modality, scaled
 
-VERSION = 1
+VERSION = 2
 POOLED = ""
 """The assay name under which the statistics of all assays together are kept."""
 
@@ -153,27 +153,33 @@ class Tokenizer:
         """Tokens of the cells of `counts` [cells, features of the vocabulary], raw counts.
 
         Within a cell, features come by falling count over the non-zero mean of the cell's
-        assay; ties keep id order. `assays` names the assay of each cell.
-        A total-count factor cannot change a within-cell rank, so counts are ranked as they are.
+        assay, as float32 product of count and 1 / mean; ties keep id order. `assays` names the
+        assay of each cell. A total-count factor cannot change a within-cell rank, so counts are
+        ranked as they are.
         Source: Theodoris 2023, doi:10.1038/s41586-023-06139-9; means here, medians there.
         """
+        from cellray.data import compiled  # numba, which only ingest needs
+
         counts = counts.tocsr()
-        rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+        if not counts.has_canonical_format or not counts.data.all():
+            counts = counts.astype(np.int64)
+            counts.sum_duplicates()
+            counts.eliminate_zeros()
+        ids, data = compiled.ranked(
+            counts.indptr.astype(np.int64),
+            counts.indices.astype(np.int32),
+            counts.data.astype(np.uint32),
+            *self.weights(modality, assays),
+        )
+        size = narrow(len(self.vocabularies[modality]))
+        return Counts(counts.indptr.astype(np.int64), ids.astype(size), data, np.asarray(total, np.int64))
+
+    def weights(self, modality: str, assays: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """1 / non-zero mean, float32 [assays there are, features], and the row of it of each cell, int64."""
         names, codes = np.unique(np.asarray(assays, dtype=str), return_inverse=True)
         vocabulary = self.vocabularies[modality]
-        means = np.stack([vocabulary.means(name) for name in names]) if len(names) else None
-        keep = counts.data > 0
-        rows, ids, data = rows[keep], counts.indices[keep], counts.data[keep]
-        ratio = data / means[codes[rows], ids] if means is not None else data
-        order = np.lexsort((ids, -ratio, rows))
-        offsets = np.zeros(counts.shape[0] + 1, np.int64)
-        np.cumsum(np.bincount(rows, minlength=counts.shape[0]), out=offsets[1:])
-        return Counts(
-            offsets,
-            ids[order].astype(narrow(len(vocabulary))),
-            data[order].astype(np.uint32),
-            np.asarray(total, np.int64),
-        )
+        means = [vocabulary.means(str(name)) for name in names] or [np.ones(len(vocabulary))]
+        return (1 / np.stack(means)).astype(np.float32), codes.astype(np.int64)
 
     def to_arrow(self) -> pa.Table:
         """The tokenizer as one table; `from_arrow` reads it back, hash and all."""

@@ -1,31 +1,37 @@
-"""The units of an ingest, each a function of its inputs alone that leaves one file behind.
+"""The units of an ingest, each a function of its inputs alone that leaves files behind.
 
-Three kinds, in this order; a unit needs all of the kind before it:
+Four kinds, in this order; a unit needs all of the kind before it:
 
-* `count`: some rows of one file -> statistics of its features, what was dropped.
-* `tokenize`: the same rows -> their tokens, one record batch for each shard of the store.
+* `read`: some rows of one file -> their counts by feature, and what quality control asks of each cell.
+* `count`: what some of these units of one file read -> statistics of the features of cells that stay.
+* `tokenize`: what one of them read -> tokens, one record batch for each shard of the store.
 * `assemble`: one shard, out of what all pieces hold for it, its cells in their final order.
 
-A file appears whole or not at all, and a unit that is done again writes the same bytes.
+A file is read once, however many passes there are. A unit's files appear whole or not at all, the
+one that says it is done comes last, and a unit that is done again writes the same bytes.
 """
 
 import io
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
+from fsspec.implementations.local import LocalFileSystem
 
-from cellray.data import storage
+from cellray.data import compiled, storage
 from cellray.data.atlas import File
-from cellray.data.features import Tally, merge_columns, tally
+from cellray.data.features import Tally
+from cellray.data.qc import Metrics, measure
 from cellray.data.reading import open_source
-from cellray.data.store import ABOUT, cell_table, encode_shard
-from cellray.data.tokens import Counts, Tokenizer
+from cellray.data.shards import ABOUT, cell_table, encode_shard, index_of
+from cellray.data.tokens import Counts, Tokenizer, narrow
 
 UNKNOWN = -1
 """Place of a cell that is not in the store."""
@@ -37,37 +43,71 @@ class Origin:
 
     file: File
     columns: np.ndarray
-    """Feature of each column of the file, int32 [columns]."""
-    features: int
-    """Features there are in the file."""
-    min_features: int
-    """Cells with fewer features lose this modality."""
-    targets: np.ndarray
-    """Vocabulary index of each feature, -1 for none, int32 [features]. Empty while counting."""
+    """Feature of each column of the file, -1 for none, int32 [columns]."""
+    names: np.ndarray
+    """Hash of the name of each feature, uint64 [features]."""
+    mito: np.ndarray
+    """Features of the mitochondrial genome, bool [features]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """A unit that reads: rows start … stop - 1 of an origin. Arrays are [rows]."""
+    """Rows start … stop - 1 of an origin: what one task reads."""
 
     number: int
     origin: int
     start: int
     stop: int
-    dropped: np.ndarray
-    """Cells dropped for their label, bool."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some:
+    """Units of one origin that are counted together, and which of their cells. Arrays are [rows of them]."""
+
+    number: int
+    origin: int
+    units: tuple[int, ...]
+    assays: tuple[str, ...]
+    group: np.ndarray
+    """Which of `assays` each cell is of, -1 for a cell that does not stay, int64."""
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A unit's cells in the store. Arrays are [rows]."""
+
+    number: int
+    origin: int
+    modality: str
     assays: np.ndarray
     """Assay of each cell, str."""
     places: np.ndarray
-    """Row of each cell in the order of the store, int64. Empty while counting."""
+    """Row of each cell in the order of the store, UNKNOWN for one that does not stay, int64."""
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 KINDS = {"label": "labels", "donor": "donors", "batch": "batches", "assay": "assays"}
 """What the report counts cells by, and the name it gives to that."""
 
 
-def count_path(parts: str, number: int) -> str:
+def counts_path(parts: str, number: int) -> str:
     return storage.join(parts, f"counts-{number:06d}.arrow")
+
+
+def metrics_path(parts: str, number: int) -> str:
+    return storage.join(parts, f"metrics-{number:06d}.arrow")
+
+
+def tally_path(parts: str, number: int) -> str:
+    return storage.join(parts, f"tally-{number:06d}.arrow")
 
 
 def piece_path(parts: str, number: int) -> str:
@@ -82,74 +122,115 @@ def cells_path(parts: str) -> str:
     return storage.join(parts, "cells.arrow")
 
 
-def _read(rows: Rows, origin: Origin) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
-    """Counts [rows, features of the file], rows that stay, rows that have too few features."""
+def read(rows: Rows, origin: Origin, parts: str) -> None:
+    """The rows' counts in the features of the file, and the metrics of each cell."""
     file = origin.file
     with open_source(file.url, modality=file.modality, layer=file.layer, names=file.names) as source:
-        counts = source.rows(rows.start, rows.stop)
-    counts = merge_columns(counts, origin.columns, origin.features)
-    few = ~rows.dropped & (np.diff(counts.indptr) < origin.min_features)
-    return counts, ~rows.dropped & ~few, few
+        raw = source.rows(rows.start, rows.stop)
+    found = int(raw.data.sum(dtype=np.int64))
+    indptr, ids, counts = compiled.projected(
+        raw.indptr.astype(np.int64),
+        raw.indices.astype(np.int32, copy=False),
+        raw.data.astype(np.uint32, copy=False),
+        origin.columns,
+    )
+    matrix = sp.csr_matrix((counts, ids, indptr), shape=(len(rows), len(origin.names)))
+    cells = measure(matrix, origin.names, origin.mito)
+    most = int(counts.max(initial=0))
+    width = np.uint8 if most < 1 << 8 else np.uint16 if most < 1 << 16 else np.uint32
+    offsets = pa.array(indptr.astype(np.int32))
+    batch = pa.record_batch(
+        {
+            "ids": pa.ListArray.from_arrays(offsets, pa.array(ids.astype(narrow(len(origin.names))))),
+            "counts": pa.ListArray.from_arrays(offsets, pa.array(counts.astype(width))),
+        }
+    )
+    _save(counts_path(parts, rows.number), [batch], batch.schema)
+    facts = {"counts_in": found, "unmapped": found - int(cells.counts.sum()), "most": most}
+    metrics = pa.record_batch(vars(cells)).replace_schema_metadata({"facts": json.dumps(facts)})
+    _save(metrics_path(parts, rows.number), [metrics], metrics.schema)
 
 
-def count(rows: Rows, origin: Origin, parts: str) -> None:
-    """Statistics of the rows that stay, and how many counts and cells do not."""
-    counts, keep, few = _read(rows, origin)
-    depth = np.asarray(counts.sum(1)).ravel()
-    found = tally(counts[np.flatnonzero(keep)], rows.assays[keep])
-    assays = sorted(found.sums)
-    facts = {
-        "counts_in": int(depth.sum()),
-        "counts_dropped": {
-            "label": int(depth[rows.dropped].sum()),
-            "too_few_features": int(depth[few].sum()),
-        },
-        "cells_dropped": {"label": int(rows.dropped.sum()), "too_few_features": int(few.sum())},
-        "cells": [found.cells[assay] for assay in assays],
-        "assays": assays,
-        "tokens": int(np.diff(counts.indptr)[keep].sum()),
-    }
-    columns = [pa.array(found.sums[assay]) for assay in assays]
-    columns += [pa.array(found.nonzero[assay]) for assay in assays]
-    names = [f"{kind}.{i}" for kind in ("sums", "nonzero") for i in range(len(assays))]
+def measured(parts: str, numbers: Sequence[int]) -> tuple[Metrics, dict[str, int]]:
+    """What `read` found in units `numbers`: metrics of their cells, one after the other, and facts."""
+    tables, facts = [], {"counts_in": 0, "unmapped": 0, "most": 0}
+    for table in every([metrics_path(parts, number) for number in numbers]):
+        own = json.loads(table.schema.metadata[b"facts"])
+        facts = {
+            "counts_in": facts["counts_in"] + own["counts_in"],
+            "unmapped": facts["unmapped"] + own["unmapped"],
+            "most": max(facts["most"], own["most"]),
+        }
+        tables.append(table.replace_schema_metadata())
+    whole = pa.concat_tables(tables)
+    return Metrics(**{name: whole[name].to_numpy() for name in whole.column_names}), facts
+
+
+def count(some: Some, origin: Origin, read_in: str, parts: str) -> None:
+    """Statistics of the cells that stay."""
+    shape = (len(some.assays), len(origin.names))
+    sums, nonzero = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    first = 0
+    for number in some.units:
+        indptr, ids, counts = _counts(read_in, number)
+        group = some.group[first : first + len(indptr) - 1]
+        compiled.tally(indptr, ids, counts, group, sums, nonzero)
+        first += len(group)
+    cells = np.bincount(some.group[some.group >= 0], minlength=len(some.assays)).tolist()
+    facts = {"assays": some.assays, "cells": cells}
+    columns = [pa.array(row) for row in (*sums, *nonzero)]
+    names = [f"{kind}.{i}" for kind in ("sums", "nonzero") for i in range(len(some.assays))]
     table = pa.table(columns, names=names).replace_schema_metadata({"facts": json.dumps(facts)})
-    storage.write_bytes(count_path(parts, rows.number), encode(table.to_batches(), table.schema))
+    _save(tally_path(parts, some.number), table.to_batches(), table.schema)
 
 
-def counted(parts: str, number: int, features: int) -> tuple[Tally, dict[str, Any]]:
-    """What `count` found for unit `number`: statistics [features], and facts."""
-    table = pa.ipc.open_file(storage.read_bytes(count_path(parts, number))).read_all()
+def counted(parts: str, number: int, features: int) -> Tally:
+    """What `count` found for `number`: statistics [features]."""
+    table = _table(tally_path(parts, number))
     facts = json.loads(table.schema.metadata[b"facts"])
     found = Tally(features)
     for i, (assay, cells) in enumerate(zip(facts["assays"], facts["cells"], strict=True)):
         found.add(assay, table[f"sums.{i}"].to_numpy(), table[f"nonzero.{i}"].to_numpy(), cells)
-    return found, facts
+    return found
 
 
-def tokenize(rows: Rows, origin: Origin, tokenizer: Tokenizer, bounds: np.ndarray, parts: str) -> None:
-    """The rows' tokens, a record batch a shard; `bounds` are the first places of the shards, and the end."""
-    counts, keep, _ = _read(rows, origin)
-    modality = origin.file.modality
-    vocabulary = tokenizer.vocabularies[modality]
-    total = np.asarray(counts.sum(1)).ravel()
-    known = merge_columns(counts, origin.targets, len(vocabulary))
-    keep &= np.diff(known.indptr) > 0
-    kept = np.flatnonzero(keep)
+def tokenize(
+    rows: Placed,
+    target: np.ndarray,
+    tokenizer: Tokenizer,
+    bounds: np.ndarray,
+    width: str,
+    read_in: str,
+    parts: str,
+) -> None:
+    """The rows' tokens, a record batch a shard.
+
+    `target` is the vocabulary index of each feature, -1 for none; `bounds` are the first places of
+    the shards, and the end; `width` is the type of the counts.
+    """
+    indptr, ids, counts = _counts(read_in, rows.number)
+    depth = compiled.sums(indptr, counts)
+    kept = np.flatnonzero(rows.places != UNKNOWN)
     kept = kept[np.argsort(rows.places[kept])]
-    ranked = tokenizer.rank(modality, known[kept], total[kept], rows.assays[kept].tolist())
-    offsets = pa.array(ranked.offsets.astype(np.int32))
-    places = rows.places[kept]
+    picked, (ids, counts) = _rows_of(indptr, kept, ids, counts)
+    indptr, ids, counts = compiled.projected(picked, ids, counts, target)
+    weights, codes = tokenizer.weights(rows.modality, rows.assays[kept].tolist())
+    ids, counts = compiled.ranked(indptr, ids, counts, weights, codes)
+    some = np.diff(indptr) > 0
+    places = rows.places[kept][some]
+    offsets = pa.array(np.concatenate([[0], indptr[1:][some]]).astype(np.int32))
+    size = narrow(len(tokenizer.vocabularies[rows.modality]))
     whole = pa.record_batch(
         {
             "place": pa.array(places),
-            "total": pa.array(ranked.total),
-            "ids": pa.ListArray.from_arrays(offsets, pa.array(ranked.ids)),
-            "counts": pa.ListArray.from_arrays(offsets, pa.array(ranked.counts)),
+            "total": pa.array(depth[kept][some]),
+            "ids": pa.ListArray.from_arrays(offsets, pa.array(ids.astype(size))),
+            "counts": pa.ListArray.from_arrays(offsets, pa.array(counts.astype(width))),
         }
     )
     cuts = np.searchsorted(places, bounds)
     batches = [whole.slice(a, b - a) for a, b in itertools.pairwise(cuts)]
-    storage.write_bytes(piece_path(parts, rows.number), encode(batches, whole.schema))
+    _save(piece_path(parts, rows.number), batches, whole.schema)
 
 
 def assemble(
@@ -170,48 +251,73 @@ def assemble(
     present = np.zeros(size, np.uint32)
     for bit, modality in enumerate(tokenizer.vocabularies):
         pieces = [_batch(piece_path(parts, number), shard) for number, name in sources if name == modality]
-        counts[modality] = _gather(pieces, first, size)
+        counts[modality] = _gather(pieces, first, size) if pieces else _nothing(size)
         present |= (counts[modality].lengths > 0).astype(np.uint32) << bit
     kept = np.flatnonzero(present)
-    counts = {name: c.take(kept) for name, c in counts.items()}
-    cells, present = cells.take(pa.array(kept)), present[kept]
-    about = {name: cells[name] for name in ABOUT}
-    entry: dict[str, Any] = {"rows": len(kept)}
+    if len(kept) < size:
+        counts = {name: c.take(kept) for name, c in counts.items()}
+        cells, present = cells.take(pa.array(kept)), present[kept]
+    groups = _holdings(cells, present, counts)
+    entry: dict[str, Any] = {"rows": len(kept), "groups": groups}
     if len(kept):
-        data = encode_shard(cell_table(tokenizer, cells["cell_id"], about, present, counts))
+        table = cell_table(
+            tokenizer,
+            cells["cell_id"],
+            {name: cells[name].cast(pa.string()) for name in ABOUT},
+            present,
+            counts,
+            digests=cells["digest"].to_numpy(),
+        )
+        about = {name: {"cells": own["cells"], "donors": own["donors"]} for name, own in groups.items()}
+        data = encode_shard(table.replace_schema_metadata({"lineage": json.dumps(about, sort_keys=True)}))
         digest = storage.sha256(data)
         entry |= {"name": f"{shard:05d}-{digest}.arrow", "sha256": digest, "bytes": len(data)}
+        entry["index"] = index_of(data)
         storage.write_bytes(storage.join(store, "shards", entry["name"]), data)
-    entry["groups"] = _holdings(cells, present, counts)
     storage.write_bytes(shard_path(parts, shard), json.dumps(entry, sort_keys=True).encode())
+
+
+def _nothing(size: int) -> Counts:
+    none = np.zeros(size + 1, np.int64)
+    return Counts(none, np.empty(0, np.uint8), np.empty(0, np.uint8), none[1:])
 
 
 def _gather(pieces: list[pa.RecordBatch], first: int, size: int) -> Counts:
     """Tokens of the `size` cells from place `first` on, out of pieces that hold some of them each."""
-    table = pa.Table.from_batches(pieces).combine_chunks()
-    places = table["place"].to_numpy() - first
-    lengths = table["ids"].combine_chunks().value_lengths().to_numpy().astype(np.int64)
-    assert len(np.unique(places)) == len(places), "a cell has a modality twice"
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = table["ids"].combine_chunks().flatten().to_numpy()
-    data = table["counts"].combine_chunks().flatten().to_numpy()
-    found = Counts(offsets, ids, data, table["total"].to_numpy())
-    ordered = found.take(np.argsort(places))
-    every = np.zeros(size + 1, np.int64)
-    every[places + 1] = lengths
-    total = np.zeros(size, np.int64)
-    total[places] = found.total
-    return Counts(np.cumsum(every), ordered.ids, ordered.counts, total)
+    lengths, total = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    for piece in pieces:
+        place = piece["place"].to_numpy() - first
+        assert not lengths[place].any(), "a cell has a modality twice"
+        lengths[place] = piece["ids"].value_lengths().to_numpy()
+        total[place] = piece["total"].to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    found = []
+    for name in ("ids", "counts"):
+        out = np.empty(offsets[-1], pieces[0][name].type.value_type.to_pandas_dtype())
+        for piece in pieces:
+            own, values = _list(piece[name])
+            compiled.placed(own, values, offsets[piece["place"].to_numpy() - first], out)
+        found.append(out)
+    return Counts(offsets, found[0], found[1], total)
+
+
+def _rows_of(
+    offsets: np.ndarray, rows: np.ndarray, *values: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The ragged rows `rows` of each of `values`, in that order, and their offsets."""
+    picked = np.concatenate([[0], np.cumsum(offsets[rows + 1] - offsets[rows])]).astype(np.int64)
+    copies = []
+    for own in values:
+        copies.append(np.empty(picked[-1], own.dtype))
+        compiled.copied(offsets, rows, own, copies[-1])
+    return picked, copies
 
 
 def _holdings(cells: pa.RecordBatch, present: np.ndarray, counts: dict[str, Counts]) -> dict[str, Any]:
     """By data set: cells, labels, donors, assays, combinations of modalities, cells and counts of each."""
     dataset = np.asarray(cells["dataset"].to_pylist(), dtype=object)
     names = list(counts)
-    sums = {
-        name: np.add.reduceat(np.append(c.counts, 0).astype(np.int64), c.offsets[:-1]) * (c.lengths > 0)
-        for name, c in counts.items()
-    }
+    sums = {name: compiled.sums(c.offsets, c.counts) for name, c in counts.items()}
     found = {}
     for group in sorted(set(dataset)):
         mine = np.flatnonzero(dataset == group)
@@ -219,33 +325,73 @@ def _holdings(cells: pa.RecordBatch, present: np.ndarray, counts: dict[str, Coun
         bits = Counter(present[mine].tolist())
         found[group] = {
             "cells": len(mine),
-            **{name: Counter(part[kind].to_pylist()) for kind, name in KINDS.items()},
+            **{name: _counter(part[kind]) for kind, name in KINDS.items()},
             "present": {
                 "+".join(n for i, n in enumerate(names) if int(b) >> i & 1): k for b, k in bits.items()
             },
             "modalities": {
-                name: {"cells": int((c.lengths[mine] > 0).sum()), "counts": int(sums[name][mine].sum())}
+                name: {
+                    "cells": int((c.lengths[mine] > 0).sum()),
+                    "counts": int(sums[name][mine].sum()),
+                    "tokens": int(c.lengths[mine].sum()),
+                }
                 for name, c in counts.items()
             },
         }
     return found
 
 
+def _counter(values: pa.Array) -> dict[str, int]:
+    """How often each string is there."""
+    return {str(entry["values"]): entry["counts"] for entry in values.value_counts().to_pylist()}
+
+
 def write_cells(cells: pa.Table, bounds: np.ndarray, parts: str) -> None:
     """What is known of every cell, in the order of the store, a record batch a shard."""
-    batch = cells.combine_chunks().to_batches()[0] if len(cells) else None
-    batches = [batch.slice(a, b - a) for a, b in itertools.pairwise(bounds)] if batch else []
-    storage.write_bytes(cells_path(parts), encode(batches, cells.schema))
+    none = pa.RecordBatch.from_arrays([pa.array([], f.type) for f in cells.schema], schema=cells.schema)
+    (batch,) = cells.combine_chunks().to_batches() or [none]
+    batches = [batch.slice(a, b - a) for a, b in itertools.pairwise(bounds)]
+    _save(cells_path(parts), batches, cells.schema)
 
 
-def encode(batches: list[pa.RecordBatch], schema: pa.Schema) -> bytes:
-    """An Arrow file of `batches`, lz4. The same batches give the same bytes."""
+def _save(url: str, batches: list[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write a part: as it is on a local disk, which is quicker than to pack it, and packed for a network."""
+    local = isinstance(storage.locate(url)[0], LocalFileSystem)
+    storage.write_bytes(url, encode(batches, schema, packed=not local))
+
+
+def encode(batches: list[pa.RecordBatch], schema: pa.Schema, *, packed: bool = True) -> bytes:
+    """An Arrow file of `batches`, lz4 if `packed`. The same batches give the same bytes."""
     sink = io.BytesIO()
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    options = pa.ipc.IpcWriteOptions(compression="lz4" if packed else None)
     with pa.ipc.new_file(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return sink.getvalue()
+
+
+def _counts(parts: str, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR arrays that `read` left, as `compiled` takes them."""
+    table = _table(counts_path(parts, number))
+    offsets, ids = _list(table["ids"].combine_chunks())
+    counts = _list(table["counts"].combine_chunks())[1]
+    return offsets, ids.astype(np.int32, copy=False), counts.astype(np.uint32, copy=False)
+
+
+def _list(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and items of a list array."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[:1], column.flatten().to_numpy()
+
+
+def _table(url: str) -> pa.Table:
+    return pa.ipc.open_file(storage.read_bytes(url)).read_all()
+
+
+def every(urls: Sequence[str]) -> Iterator[pa.Table]:
+    """The Arrow files at `urls`, in order; of an object store several are fetched at a time."""
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(_table, urls)
 
 
 def _batch(url: str, number: int) -> pa.RecordBatch:

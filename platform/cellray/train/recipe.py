@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from cellray.data.modalities import BUILT_IN, Modality
+from cellray.data.qc import QC
 
 T = TypeVar("T")
 
@@ -65,12 +66,26 @@ class Ingest:
     """Cells with these labels are dropped, and reported."""
     min_cells: int = 1
     """Features counted in fewer cells are left out of the vocabulary, and reported."""
+    genes: str = ""
+    """Folder or URL of gene tables (ids, symbols, orthologs), by which genes of all files find one
+    name; "" for the files' own ids."""
+    peaks: str = ""
+    """The genomic vocabulary that peaks are mapped to by overlap: `bins:5000`, a BED file, or one a
+    species as `human=URL,mouse=URL`; "" matches peaks by name."""
     unit_cells: int = 4096
     """Cells one task reads at a time."""
     shard_bytes: int = 128 << 20
     """About how large a shard becomes, in bytes."""
+    readers: int = 2
+    """Processes that look into the files before any count is read."""
     allow_failed_files: bool = False
-    """Go on with the other data sets when one cannot be read."""
+    """Count it as success, and train on, when data sets could not be read. The others are ingested
+    in any case."""
+
+    def __post_init__(self) -> None:
+        _within("ingest.unit_cells", self.unit_cells, 1, 1 << 20)
+        _within("ingest.shard_bytes", self.shard_bytes, 1, 1 << 31)
+        _within("ingest.readers", self.readers, 1, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +265,7 @@ class Recipe:
     modalities: tuple[Modality, ...] = BUILT_IN
     """What may be measured; those without a file are left out."""
     ingest: Ingest = Ingest()
+    qc: QC = field(default_factory=QC)
     split: Split = Split()
     feed: Feed = Feed()
     network: Network = Network()

@@ -2,6 +2,7 @@
 
 RUN/recipe.json      the resolved recipe; another recipe is refused
 RUN/store/           the token store, unless the recipe names one elsewhere
+RUN/store.sha256     which edition of the store
 RUN/splits.arrow     cell_id, unit, test: what training never sees
 RUN/checkpoints/     in the middle of a stage
 RUN/teacher/         the teacher's vectors
@@ -30,7 +31,7 @@ from cellray.train.targets import encode_table, read_table
 
 KINDS = ("unimodal", "joint", "distil")
 """The stages a user names."""
-NOT_TRAINING = (*LAUNCH, "atlas", "dataset", "ingest", "score")
+NOT_TRAINING = (*LAUNCH, "atlas", "dataset", "ingest", "qc", "score")
 """Settings that training does not read; what ingest made of them is in the store's hash."""
 
 
@@ -53,7 +54,10 @@ class Run:
 
     @cached_property
     def store(self) -> Store:
-        return Store(self.store_url)
+        """The store, in the edition that the run began with: what is added later is for other runs."""
+        mark = self.path("store.sha256")
+        known = storage.read_bytes(mark).decode() if storage.exists(mark) else None
+        return Store(self.store_url, hash=known)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -96,6 +100,7 @@ class Run:
     def test(self) -> np.ndarray:
         """Held-out cells, bool [cells] in store order. Written to splits.arrow the first time."""
         cells = self.store.cells
+        storage.write_once(self.path("store.sha256"), self.store.hash.encode())
         test, units = held_out(cells, by=self.recipe.split.by, fraction=self.recipe.split.fraction)
         names = [units[name] for name in cells["dataset"].to_pylist()]
         table = pa.table({"cell_id": cells["cell_id"], "unit": pa.array(names), "test": pa.array(test)})

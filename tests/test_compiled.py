@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cellray.data import compiled
+
+
+def csr(cells=30, features=12, *, mean=0.8, seed=0):
+    matrix = sp.csr_matrix(np.random.default_rng(seed).poisson(mean, (cells, features)))
+    return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data.astype(np.uint32)
+
+
+def dense(indptr, ids, counts, features):
+    return sp.csr_matrix((counts.astype(np.int64), ids, indptr), shape=(len(indptr) - 1, features)).toarray()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([0.1, 1.0, 30.0]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_ranks_equal_a_plain_sort(seed, features, mean):
+    rng = np.random.default_rng(seed)
+    indptr, ids, counts = csr(8, features, mean=mean, seed=seed)
+    weights = (1 / rng.choice([1.0, 1.5, 2.0, 1e-3, 3e5], (2, features))).astype(np.float32)
+    assay = rng.integers(0, 2, 8)
+    found = compiled.ranked(indptr, ids, counts, weights, assay)
+    for cell in range(8):
+        own = slice(indptr[cell], indptr[cell + 1])
+        ratio = counts[own].astype(np.float32) * weights[assay[cell], ids[own]]
+        order = np.lexsort((ids[own], -ratio))
+        np.testing.assert_array_equal(found[0][own], ids[own][order])
+        np.testing.assert_array_equal(found[1][own], counts[own][order])
+
+
+@pytest.mark.parametrize("size", [7, 3000, 5_000_000])
+def test_projection_equals_a_matrix_product(size):
+    rng = np.random.default_rng(size)
+    indptr, ids, counts = csr(20, 30, seed=size)
+    for target in (np.sort(rng.integers(-1, size, 30)), rng.integers(-1, size, 30), np.full(30, -1)):
+        found = compiled.projected(indptr, ids, counts, target.astype(np.int32))
+        kept = target >= 0
+        places, at = np.unique(target[kept], return_inverse=True)
+        onto = np.zeros((30, len(places)), np.int64)
+        onto[np.flatnonzero(kept), at] = 1
+        expected = dense(indptr, ids, counts, 30) @ onto
+        got = sp.csr_matrix((found[2].astype(np.int64), found[1], found[0]), shape=(20, size))
+        assert got.has_canonical_format
+        assert got.nnz == (expected > 0).sum()
+        np.testing.assert_array_equal(got[:, places].toarray(), expected)
+
+
+def test_projection_leaves_zeros_out_and_refuses_what_overflows():
+    indptr, ids = np.array([0, 2]), np.array([0, 1], np.int32)
+    none = compiled.projected(indptr, ids, np.array([0, 3], np.uint32), np.array([0, 1], np.int32))
+    assert [part.tolist() for part in none] == [[0, 1], [1], [3]]
+    with pytest.raises(ValueError, match="4,294,967,295"):
+        compiled.projected(indptr, ids, np.array([2**32 - 1, 1], np.uint32), np.zeros(2, np.int32))
+
+
+def test_a_tally_adds_the_cells_of_each_group():
+    indptr, ids, counts = csr()
+    group = np.arange(30) % 3 - 1
+    sums, nonzero = np.zeros((2, 2, 12), np.int64)
+    compiled.tally(indptr, ids, counts, group, sums, nonzero)
+    whole = dense(indptr, ids, counts, 12)
+    for g in (0, 1):
+        np.testing.assert_array_equal(sums[g], whole[group == g].sum(0))
+        np.testing.assert_array_equal(nonzero[g], (whole[group == g] > 0).sum(0))
+
+
+def test_copied_rows_come_in_the_order_asked_for():
+    offsets = np.array([0, 2, 2, 5])
+    out = np.zeros(7, np.uint16)
+    compiled.copied(offsets, np.array([2, 0, 1, 0]), np.arange(5).astype(np.uint16), out)
+    assert out.tolist() == [2, 3, 4, 0, 1, 0, 1]
+
+
+def test_row_sums_are_those_of_a_matrix():
+    indptr, ids, counts = csr(mean=3.0)
+    np.testing.assert_array_equal(compiled.sums(indptr, counts), dense(indptr, ids, counts, 12).sum(1))
+
+
+def test_placed_rows_stand_where_they_were_sent():
+    out = np.full(6, 9, np.uint8)
+    compiled.placed(np.array([0, 2, 3]), np.array([4, 5, 6], np.uint16), np.array([3, 0]), out)
+    assert out.tolist() == [6, 9, 9, 4, 5, 9]
