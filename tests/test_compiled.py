@@ -23,7 +23,8 @@ def test_ranks_equal_a_plain_sort(seed, features, mean):
     indptr, ids, counts = csr(8, features, mean=mean, seed=seed)
     weights = (1 / rng.choice([1.0, 1.5, 2.0, 1e-3, 3e5], (2, features))).astype(np.float32)
     assay = rng.integers(0, 2, 8)
-    found = compiled.ranked(indptr, ids, counts, weights, assay)
+    offsets, *found = compiled.ranked(indptr, ids, counts, weights, assay)
+    np.testing.assert_array_equal(offsets, indptr)
     for cell in range(8):
         own = slice(indptr[cell], indptr[cell + 1])
         ratio = counts[own].astype(np.float32) * weights[assay[cell], ids[own]]
@@ -68,11 +69,20 @@ def test_a_tally_adds_the_cells_of_each_group():
         np.testing.assert_array_equal(nonzero[g], (whole[group == g] > 0).sum(0))
 
 
-def test_copied_rows_come_in_the_order_asked_for():
-    offsets = np.array([0, 2, 2, 5])
-    out = np.zeros(7, np.uint16)
-    compiled.copied(offsets, np.array([2, 0, 1, 0]), np.arange(5).astype(np.uint16), out)
-    assert out.tolist() == [2, 3, 4, 0, 1, 0, 1]
+def test_ranks_of_some_rows_and_features_are_those_of_what_was_projected_first():
+    rng = np.random.default_rng(3)
+    indptr, ids, counts = csr(30, 12, mean=1.5)
+    target = np.where(rng.random(12) < 0.3, -1, np.sort(rng.choice(40, 12, replace=False))).astype(np.int32)
+    weights = rng.random((2, 40)).astype(np.float32) + 0.1
+    rows, assay = rng.permutation(30)[:17], rng.integers(0, 2, 17)
+    narrowed = ids.astype(np.uint16), counts.astype(np.uint8)
+    found = compiled.ranked(indptr, *narrowed, weights, assay, rows=rows, target=target)
+    slow = sp.csr_matrix((counts, ids, indptr), shape=(30, 12))[rows]
+    moved = compiled.projected(slow.indptr.astype(np.int64), slow.indices, slow.data, target)
+    for one, other in zip(found, compiled.ranked(*moved, weights, assay), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(AssertionError, match="rise"):
+        compiled.ranked(indptr, ids, counts, weights, assay, rows=rows, target=target[::-1].copy())
 
 
 def test_row_sums_are_those_of_a_matrix():

@@ -1,7 +1,7 @@
 import pytest
 from aiohttp import ClientPayloadError
 from aiohttp.http_exceptions import ContentLengthError
-from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError
 from s3fs.errors import translate_boto_error
 
 from cellray.data import faults

@@ -7,6 +7,8 @@ Counts come as CSR arrays: `indptr` int64 [cells + 1], `ids` int32 [tokens] risi
 import numpy as np
 from numba import njit
 
+from cellray.data.tokens import narrow
+
 ID_BITS = 11
 """Bits of a feature id sorted by at a time."""
 
@@ -62,36 +64,56 @@ def _longest(indptr):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, boundscheck=False)
-def _ranked(indptr, ids, counts, weights, assay, out_ids, out_counts):  # type: ignore[no-untyped-def]
-    most = _longest(indptr)
+def _ranked(offsets, ids, counts, rows, target, weights, assay, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
+    most = _longest(offsets)
     one = np.empty(most, np.uint64)
     other = np.empty(most, np.uint64)
     tables = np.empty((4, 256), np.int32)
-    for i in range(len(indptr) - 1):
-        first = indptr[i]
-        n = indptr[i + 1] - first
-        for j in range(n):
-            ratio = np.float32(counts[first + j]) * weights[assay[i], ids[first + j]]
-            falling = np.uint32(0x7FFFFFFF) - np.float32(ratio).view(np.uint32)
-            one[j] = (np.uint64(falling) << np.uint64(32)) | np.uint64(j)
+    filled = 0
+    for i in range(len(rows)):
+        first = offsets[rows[i]]
+        n = 0
+        for j in range(offsets[rows[i] + 1] - first):
+            to = target[ids[first + j]]
+            if to >= 0:
+                ratio = np.float32(counts[first + j]) * weights[assay[i], to]
+                falling = np.uint32(0x7FFFFFFF) - np.float32(ratio).view(np.uint32)
+                one[n] = (np.uint64(falling) << np.uint64(32)) | np.uint64(j)
+                n += 1
         one, other = _by_ratio(one, other, n, tables)
         for j in range(n):
             at = first + np.int64(one[j] & np.uint64(0xFFFFFFFF))
-            out_ids[first + j] = ids[at]
-            out_counts[first + j] = counts[at]
+            out_ids[filled + j] = target[ids[at]]
+            out_counts[filled + j] = counts[at]
+        filled += n
+        out_offsets[i + 1] = filled
 
 
 def ranked(
-    indptr: np.ndarray, ids: np.ndarray, counts: np.ndarray, weights: np.ndarray, assay: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and counts of each cell by falling count x weight; ties keep id order.
+    offsets: np.ndarray,
+    ids: np.ndarray,
+    counts: np.ndarray,
+    weights: np.ndarray,
+    assay: np.ndarray,
+    *,
+    rows: np.ndarray | None = None,
+    target: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets, ids and counts of each cell by falling count x weight; ties keep id order.
 
     `weights` is float32 [assays, features], positive; `assay` the row of it for each cell, int64.
-    The product is taken in float32. Positive floats sort as their bits do.
+    The product is taken in float32. Positive floats sort as their bits do. Only the cells `rows`,
+    in that order, if they are given; with feature f under the id `target[f]`, -1 leaving it out:
+    targets that are not -1 must rise. Ids and counts may be of any unsigned or signed type.
     """
-    out_ids, out_counts = np.empty_like(ids), np.empty_like(counts)
-    _ranked(indptr, ids, counts, weights, assay, out_ids, out_counts)
-    return out_ids, out_counts
+    rows = np.arange(len(offsets) - 1) if rows is None else rows
+    target = np.arange(weights.shape[1], dtype=np.int32) if target is None else target
+    assert (np.diff(target[target >= 0]) > 0).all(), "targets do not rise"
+    tokens = int((offsets[rows + 1] - offsets[rows]).sum())
+    found = np.zeros(len(rows) + 1, np.int64)
+    out_ids, out_counts = np.empty(tokens, narrow(weights.shape[1])), np.empty(tokens, counts.dtype)
+    _ranked(offsets, ids, counts, rows, target, weights, assay, found, out_ids, out_counts)
+    return found, out_ids[: found[-1]], out_counts[: found[-1]]
 
 
 @njit(nogil=True, boundscheck=False)
@@ -182,13 +204,3 @@ def placed(offsets, values, starts, out):  # type: ignore[no-untyped-def]
         for j in range(offsets[i], offsets[i + 1]):
             out[to] = values[j]
             to += 1
-
-
-@njit(nogil=True, boundscheck=False)
-def copied(offsets, rows, values, out):  # type: ignore[no-untyped-def]
-    """The ragged rows `rows` of `values`, one after the other in `out`."""
-    filled = 0
-    for row in rows:
-        for j in range(offsets[row], offsets[row + 1]):
-            out[filled] = values[j]
-            filled += 1

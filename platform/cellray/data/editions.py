@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellray.data import storage
-from cellray.data.store import Store, editions
+from cellray.data.store import Store, edition_path, editions
 from cellray.data.tokens import Tokenizer
 
 
@@ -66,5 +66,14 @@ def newest(url: str) -> Edition | None:
     found = editions(url)
     if not found:
         return None
-    raw = storage.read_bytes(found[-1])
-    return Edition(url, found[-1], storage.sha256(raw), json.loads(raw))
+    return _edition(url, found[-1])
+
+
+def before(held: Edition) -> Edition | None:
+    """The edition before `held`, None if it is the first."""
+    return _edition(held.url, edition_path(held.url, held.number - 1)) if held.number > 1 else None
+
+
+def _edition(url: str, path: str) -> Edition:
+    raw = storage.read_bytes(path)
+    return Edition(url, path, storage.sha256(raw), json.loads(raw))

@@ -94,7 +94,7 @@ def _once(part: Part, raw, before: float) -> _Trial:  # type: ignore[no-untyped-
         part.features.columns,
     )
     weights = np.ones((1, len(part.features.names)), np.float32)
-    ids, counts = compiled.ranked(indptr, ids, counts, weights, np.zeros(len(indptr) - 1, np.int64))
+    _, ids, counts = compiled.ranked(indptr, ids, counts, weights, np.zeros(len(indptr) - 1, np.int64))
     packed = sum(_packed(part, ids, counts))
     return _Trial(len(indptr) - 1, 0, len(ids), packed, time.process_time() - before)
 

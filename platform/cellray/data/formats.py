@@ -11,6 +11,7 @@ import zarr
 from fsspec.implementations.local import LocalFileSystem
 
 from cellray.data import storage
+from cellray.data.faults import retried
 from cellray.data.guard import SOMA, check_folder, check_hdf5, check_url, check_whole, item, whole
 
 DAMAGE = (OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError)
@@ -22,10 +23,10 @@ def opened(url: str) -> Iterator[Any]:
     """The root group of an HDF5 file or zarr folder, guarded. ValueError says what is there instead."""
     check_url(url)
     fs, path = storage.locate(url)
-    if not fs.exists(path):
+    if not storage.exists(url):
         raise ValueError(f"{url} does not exist")
     with ExitStack() as stack:
-        if fs.isdir(path):
+        if retried(url, lambda: fs.isdir(path)):
             if isinstance(fs, LocalFileSystem):
                 with naming(url):
                     check_folder(path)
@@ -38,11 +39,11 @@ def opened(url: str) -> Iterator[Any]:
         local = isinstance(fs, LocalFileSystem)
         file: Any = path
         if not local:
-            file = stack.enter_context(fs.open(path, "rb", block_size=4 << 20, cache_type="blockcache"))
+            file = stack.enter_context(storage.open_blocks(url))
         try:
             root = h5py.File(file, "r")
         except OSError as error:
-            raise _no_hdf5(url, bytes(fs.cat_file(path, 0, 512)), str(error)) from None
+            raise _no_hdf5(url, bytes(fs.cat_file(path, start=0, end=512)), str(error)) from None
         stack.enter_context(root)
         with naming(url):
             check_hdf5(root)
@@ -50,8 +51,9 @@ def opened(url: str) -> Iterator[Any]:
 
 
 def _zarr(url: str) -> Any:
+    more = storage.options(url) if "://" in url else {}
     try:
-        return zarr.open_group(url, mode="r")
+        return zarr.open_group(url, mode="r", storage_options=more or None)
     except (ValueError, *DAMAGE) as error:
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"{url} is a folder but no zarr group: {said}") from None

@@ -18,7 +18,8 @@ import numpy as np
 import ray
 
 from cellray.data import report, storage, units
-from cellray.data.editions import Edition, newest
+from cellray.data.editions import Edition, before, newest
+from cellray.data.faults import retried
 from cellray.data.features import Tally, targets
 from cellray.data.group import Part
 from cellray.data.plan import Plan, fingerprint, inputs_of, survey
@@ -55,6 +56,7 @@ def ingest(recipe: Recipe, store_url: str, on_event: Event | None = None) -> dic
     inputs = inputs_of(recipe)
     held = newest(store_url)
     if held is not None and not lacking(held, inputs, store_url):
+        _remove(_parts(recipe, store_url, inputs, before(held)))
         return held.report
     plan = survey(recipe, inputs, held.report if held else None)
     if not plan.groups:
@@ -91,8 +93,7 @@ class _Run:
     def __init__(self, recipe: Recipe, plan: Plan, store: str, on_event: Event, held: Edition | None) -> None:
         self.recipe, self.plan, self.on_event, self.held = recipe, plan, on_event, held
         self.store = storage.absolute(store)
-        key = f"{plan.fingerprint} {recipe.ingest.unit_cells} {held.sha256 if held else ''}"
-        self.parts = storage.join(self.store, f".parts-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+        self.parts = _parts(recipe, store, plan.inputs, held)
 
     def count(self) -> Counted:
         """Pass 1: every file is read, once; cells are judged; features of those that stay are counted."""
@@ -270,9 +271,7 @@ class _Run:
 
     def clean(self) -> None:
         """Remove the parts."""
-        fs, parts = storage.locate(self.parts)
-        if fs.exists(parts):
-            fs.rm(parts, recursive=True)
+        _remove(self.parts)
 
     def _folder(self, facts: Any) -> str:
         """Where parts are that depend on `facts`: what failed in an earlier run may not have failed now."""
@@ -326,10 +325,24 @@ def _expect_none(errors: dict[int, str]) -> None:
         raise ValueError("; ".join(errors.values()))
 
 
+def _parts(recipe: Recipe, store: str, inputs: dict[str, Any], held: Edition | None) -> str:
+    """Where the parts are of the ingest of `inputs` into a store that has the edition `held`."""
+    key = f"{fingerprint(inputs)} {recipe.ingest.unit_cells} {held.sha256 if held else ''}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return storage.join(storage.absolute(store), f".parts-{name}")
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder, if it is there: after the commit, by the run that made it or the next one."""
+    if storage.exists(folder):
+        fs, path = storage.locate(folder)
+        retried(folder, lambda: fs.rm(path, recursive=True))
+
+
 def _files(folder: str) -> set[str]:
     """Names of what is in `folder`."""
     fs, where = storage.locate(folder)
-    found = fs.ls(where, detail=False) if fs.exists(where) else []
+    found = retried(folder, lambda: fs.ls(where, detail=False)) if storage.exists(folder) else []
     return {name.rstrip("/").rpartition("/")[2] for name in found}
 
 

@@ -125,10 +125,11 @@ def measure(counts: sp.csr_matrix, hashes: np.ndarray, mitochondrial: np.ndarray
 
     `hashes` is `name_hashes` of the features, `mitochondrial` says which of them are, bool [features].
     """
+    none = np.zeros(counts.shape[0], np.int64)
     return Metrics(
         counts=np.asarray(counts @ np.ones(counts.shape[1], np.int64)),
         features=np.diff(counts.indptr).astype(np.int32),
-        mito=np.asarray(counts @ mitochondrial.astype(np.int64)),
+        mito=np.asarray(counts @ mitochondrial.astype(np.int64)) if mitochondrial.any() else none,
         digest=digests(counts.indptr, counts.indices, counts.data, hashes),
     )
 

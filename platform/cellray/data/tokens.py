@@ -165,14 +165,13 @@ class Tokenizer:
             counts = counts.astype(np.int64)
             counts.sum_duplicates()
             counts.eliminate_zeros()
-        ids, data = compiled.ranked(
+        offsets, ids, data = compiled.ranked(
             counts.indptr.astype(np.int64),
-            counts.indices.astype(np.int32),
+            counts.indices,
             counts.data.astype(np.uint32),
             *self.weights(modality, assays),
         )
-        size = narrow(len(self.vocabularies[modality]))
-        return Counts(counts.indptr.astype(np.int64), ids.astype(size), data, np.asarray(total, np.int64))
+        return Counts(offsets, ids, data, np.asarray(total, np.int64))
 
     def weights(self, modality: str, assays: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """1 / non-zero mean, float32 [assays there are, features], and the row of it of each cell, int64."""

@@ -208,28 +208,24 @@ def tokenize(
     `target` is the vocabulary index of each feature, -1 for none; `bounds` are the first places of
     the shards, and the end; `width` is the type of the counts.
     """
-    indptr, ids, counts = _counts(read_in, rows.number)
-    depth = compiled.sums(indptr, counts)
+    offsets, ids, counts = _counts(read_in, rows.number)
+    depth = compiled.sums(offsets, counts)
     kept = np.flatnonzero(rows.places != UNKNOWN)
     kept = kept[np.argsort(rows.places[kept])]
-    picked, (ids, counts) = _rows_of(indptr, kept, ids, counts)
-    indptr, ids, counts = compiled.projected(picked, ids, counts, target)
     weights, codes = tokenizer.weights(rows.modality, rows.assays[kept].tolist())
-    ids, counts = compiled.ranked(indptr, ids, counts, weights, codes)
+    indptr, ids, counts = compiled.ranked(offsets, ids, counts, weights, codes, rows=kept, target=target)
     some = np.diff(indptr) > 0
     places = rows.places[kept][some]
-    offsets = pa.array(np.concatenate([[0], indptr[1:][some]]).astype(np.int32))
-    size = narrow(len(tokenizer.vocabularies[rows.modality]))
+    cuts = pa.array(np.concatenate([[0], indptr[1:][some]]).astype(np.int32))
     whole = pa.record_batch(
         {
             "place": pa.array(places),
             "total": pa.array(depth[kept][some]),
-            "ids": pa.ListArray.from_arrays(offsets, pa.array(ids.astype(size))),
-            "counts": pa.ListArray.from_arrays(offsets, pa.array(counts.astype(width))),
+            "ids": pa.ListArray.from_arrays(cuts, pa.array(ids)),
+            "counts": pa.ListArray.from_arrays(cuts, pa.array(counts.astype(width, copy=False))),
         }
     )
-    cuts = np.searchsorted(places, bounds)
-    batches = [whole.slice(a, b - a) for a, b in itertools.pairwise(cuts)]
+    batches = [whole.slice(a, b - a) for a, b in itertools.pairwise(np.searchsorted(places, bounds))]
     _save(piece_path(parts, rows.number), batches, whole.schema)
 
 
@@ -301,18 +297,6 @@ def _gather(pieces: list[pa.RecordBatch], first: int, size: int) -> Counts:
     return Counts(offsets, found[0], found[1], total)
 
 
-def _rows_of(
-    offsets: np.ndarray, rows: np.ndarray, *values: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The ragged rows `rows` of each of `values`, in that order, and their offsets."""
-    picked = np.concatenate([[0], np.cumsum(offsets[rows + 1] - offsets[rows])]).astype(np.int64)
-    copies = []
-    for own in values:
-        copies.append(np.empty(picked[-1], own.dtype))
-        compiled.copied(offsets, rows, own, copies[-1])
-    return picked, copies
-
-
 def _holdings(cells: pa.RecordBatch, present: np.ndarray, counts: dict[str, Counts]) -> dict[str, Any]:
     """By data set: cells, labels, donors, assays, combinations of modalities, cells and counts of each."""
     dataset = np.asarray(cells["dataset"].to_pylist(), dtype=object)
@@ -371,11 +355,10 @@ def encode(batches: list[pa.RecordBatch], schema: pa.Schema, *, packed: bool = T
 
 
 def _counts(parts: str, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CSR arrays that `read` left, as `compiled` takes them."""
+    """Offsets, ids and counts that `read` left."""
     table = _table(counts_path(parts, number))
     offsets, ids = _list(table["ids"].combine_chunks())
-    counts = _list(table["counts"].combine_chunks())[1]
-    return offsets, ids.astype(np.int32, copy=False), counts.astype(np.uint32, copy=False)
+    return offsets, ids, _list(table["counts"].combine_chunks())[1]
 
 
 def _list(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -396,6 +379,5 @@ def every(urls: Sequence[str]) -> Iterator[pa.Table]:
 
 def _batch(url: str, number: int) -> pa.RecordBatch:
     """Record batch `number` of an Arrow file, reading no other."""
-    fs, path = storage.locate(url)
-    with fs.open(path, "rb") as file:
+    with storage.open_blocks(url) as file:
         return pa.ipc.open_file(pa.PythonFile(file, mode="r")).get_batch(number)

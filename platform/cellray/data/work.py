@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,7 +45,12 @@ def _run(calls: Sequence[tuple[int, Call]], *, tolerant: bool) -> Iterator[tuple
     logging.getLogger("ray.data").setLevel(logging.CRITICAL if tolerant else logging.ERROR)
     context.max_errored_blocks = -1 if tolerant else 0
     try:
-        dataset = ray.data.read_datasource(Tasks(calls), override_num_blocks=len(calls))
+        # Ray Data tries a task whose process ended again without end. The only way to say otherwise is
+        # deprecated; the parameters that are to come instead do not have it yet.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            dataset = ray.data.read_datasource(
+                Tasks(calls), override_num_blocks=len(calls), ray_remote_args={"max_retries": 1}
+            )
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from zip(table["index"].to_pylist(), table["error"].to_pylist(), strict=True)
     finally:
