@@ -1,13 +1,14 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from cellray.data import storage
 from cellray.train import checkpoint
 from cellray.train.chain import chain, outlook
-from cellray.train.fit import learning_rate
+from cellray.train.fit import learning_rate, plan_of
 from cellray.train.recipe import Optim, override
 from cellray.train.run import Run
 from tests import stores
@@ -113,6 +114,22 @@ def test_a_run_keeps_the_edition_of_the_store_it_began_with(tmp_path):
     assert len(after.test) == len(before.test)
     other = quick(tmp_path / "other", store=str(tmp_path / "store"))
     assert len(other.store) < len(before.store)
+
+
+def test_rare_groups_come_more_often_when_the_recipe_says_so(tmp_path):
+    run = quick(tmp_path, **{"feed.balance": 0.0, "feed.balance_by": "label", "feed.window": 1})
+    labels = np.array(run.store.cells["label"].to_pylist())
+    every = np.ones(len(labels), bool)
+    plain = override(run.recipe, {"feed.balance": 1.0})
+    shares = {}
+    for name, recipe in (("plain", plain), ("balanced", run.recipe)):
+        plan = plan_of(run.store, recipe, every, ["rna"], ["rna"], 20.0)
+        rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
+        shares[name] = np.bincount(np.unique(labels, return_inverse=True)[1][rows]) / len(rows)
+    assert np.ptp(shares["balanced"]) < 0.5 * np.ptp(shares["plain"])
+    odd = override(run.recipe, {"feed.balance_by": "typ"})
+    with pytest.raises(ValueError, match="cannot be balanced by 'typ': there are dataset, donor"):
+        plan_of(run.store, odd, every, ["rna"], ["rna"], 1.0)
 
 
 def test_another_recipe_is_refused_in_the_same_folder(tmp_path):

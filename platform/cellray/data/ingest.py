@@ -115,7 +115,7 @@ class _Run:
             self.parts,
             lambda own: bound(units.read, own, (shared, own.origin), self.parts),
         )
-        bad = {parts[at][0].name: errors[at] for at in sorted(errors, reverse=True)}
+        bad = {parts[at][0].name: _naming(parts[at][1], errors[at]) for at in sorted(errors, reverse=True)}
         failed = [*self.plan.failed, *({"dataset": name, "reason": bad[name]} for name in sorted(bad))]
         good = [at for at, (group, _) in enumerate(parts) if group.name not in bad]
         measured = [units.measured(self.parts, [own.number for own in rows[at]]) for at in good]
@@ -318,6 +318,11 @@ def _origin(part: Part) -> Origin:
     return Origin(
         file=part.file, columns=features.columns, names=name_hashes(features.names), mito=features.mito
     )
+
+
+def _naming(part: Part, error: str) -> str:
+    """`error`, which names the file in any case."""
+    return error if part.file.url in error else f"{part.file.url}: {error}"
 
 
 def _expect_none(errors: dict[int, str]) -> None:

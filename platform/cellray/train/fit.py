@@ -16,6 +16,7 @@ from cellray.train import checkpoint, workers
 from cellray.train.feed import Feed, Plan, Share
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
+from cellray.train.sampling import balanced
 from cellray.train.stages import Stage, key_of
 
 Event = dict[str, Any]
@@ -200,13 +201,16 @@ def plan_of(
     names = list(store.tokenizer.vocabularies)
     bits = sum(1 << names.index(name) for name in needs)
     lengths = sum(store.cells[f"{name}.length"].to_numpy().astype(np.int64) for name in reads)
+    feed = recipe.feed
+    weights = balanced(store.cells, feed.balance_by, power=feed.balance) if feed.balance < 1 else None
     return Plan(
         starts=store.starts,
         lengths=np.asarray(lengths),
         eligible=eligible & (present & bits > 0),
         seed=key_of(recipe.seed, "plan"),
         epochs=epochs,
-        tokens=recipe.feed.tokens,
-        cells=recipe.feed.cells,
-        window=recipe.feed.window,
+        tokens=feed.tokens,
+        cells=feed.cells,
+        window=feed.window,
+        weights=weights,
     )

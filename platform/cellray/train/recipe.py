@@ -157,8 +157,14 @@ class Feed:
     """Most cells of a global batch."""
     window: int = 16
     """Record batches of 1,024 cells that are mixed with each other."""
+    balance: float = 1.0
+    """Groups of cells weigh as their size to this power: 1 leaves all as it is, 0.5 brings rare groups
+    more often, 0 makes all groups equal."""
+    balance_by: tuple[str, ...] = ("dataset", "assay")
+    """What groups the cells for it: columns such as dataset, assay, label."""
 
     def __post_init__(self) -> None:
+        _within("feed.balance", self.balance, 0.0, 1.0)
         _within("feed.window", self.window, 1, 1 << 20)
         _within("feed.cells", self.cells, 2, 1 << 20)
 
@@ -246,6 +252,10 @@ class Recipe:
     """A single data set, where there is no table."""
     run: str = "runs/run"
     """Folder or URL for everything the run writes."""
+    cache: str = ""
+    """Folder on a local disk for what is read of a store that is not local; "" for none."""
+    cache_bytes: int = 20 << 30
+    """Most bytes it may take, all workers of a node together."""
     store: str = ""
     """Folder or URL of the token store, where runs share one; "" for RUN/store."""
     seed: int = 0
@@ -286,7 +296,18 @@ class Recipe:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
 
 
-LAUNCH = ("run", "store", "workers", "threads", "gpu", "checkpoint_seconds", "stages", "notes")
+LAUNCH = (
+    "run",
+    "store",
+    "cache",
+    "cache_bytes",
+    "workers",
+    "threads",
+    "gpu",
+    "checkpoint_seconds",
+    "stages",
+    "notes",
+)
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 
 

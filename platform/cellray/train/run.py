@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 
 from cellray.data import storage
+from cellray.data.cache import Cache
 from cellray.data.split import held_out
 from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
@@ -57,7 +58,9 @@ class Run:
         """The store, in the edition that the run began with: what is added later is for other runs."""
         mark = self.path("store.sha256")
         known = storage.read_bytes(mark).decode() if storage.exists(mark) else None
-        return Store(self.store_url, hash=known)
+        r = self.recipe
+        cache = Cache(r.cache, r.cache_bytes) if r.cache else None
+        return Store(self.store_url, hash=known, cache=cache)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

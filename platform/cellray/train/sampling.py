@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from cellray.data.cells import Cells
+from cellray.data.shards import ABOUT
 from cellray.train.feed import Plan
 
 
@@ -24,6 +25,8 @@ def balanced(
     """
     if not 0 <= power <= 1:
         raise ValueError(f"power {power} of a group's size: from 0 (groups alike) to 1 (cells alike)")
+    if odd := sorted(set(by) - set(ABOUT)):
+        raise ValueError(f"cells cannot be balanced by {odd[0]!r}: there are {', '.join(ABOUT)}")
     group = np.zeros(len(cells), np.int64)
     for name in by:
         codes, size = _codes(cells, name)
