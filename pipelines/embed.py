@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("files", metavar="FILE", nargs="+", help="files of cells, or atlas tables")
     add_reading(made)
     made.add_argument("--workers", type=positive, metavar="N", help="processes (default: one a CPU)")
-    made.add_argument("--rows", type=positive, default=ROWS, metavar="N", help=f"cells of a part ({ROWS})")
+    made.add_argument(
+        "--rows", type=positive, default=ROWS, metavar="N", help=f"cells of a part, about ({ROWS})"
+    )
     made.add_argument("--dry-run", action="store_true", help="say what would be done; do nothing")
     add_progress(made)
     return made

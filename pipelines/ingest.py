@@ -96,7 +96,7 @@ def foreseen(recipe: Recipe, url: str) -> str:
     if held:
         lines.append(f"{url} is there already, with {held.report['cells_kept']:,} cells")
     if plan.groups:
-        lines += _sizes(plan, estimate(plan, recipe.ingest.unit_cells), recipe)
+        lines += _sizes(plan, estimate(plan), recipe)
     lines.append(f"{url} would hold the store; nothing was written")
     return "\n".join(lines)
 

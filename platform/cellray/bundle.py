@@ -9,7 +9,6 @@ BUNDLE/golden.arrow         some cells and their embeddings, to try the loaded m
 BUNDLE/card.md              for people: data, donors, scores beside baselines, limits
 """
 
-import io
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from cellray import __version__, heads
-from cellray.data import storage
+from cellray.data import arrow, storage
 from cellray.data.tokens import Counts, Tokenizer, narrow
 from cellray.embedder import INPUT, Embedder
 from cellray.model.student import Student
@@ -77,7 +76,7 @@ def load(url: str) -> Embedder:
     files, digest = verified(url)
     where = f"bundle {url}"
     config = json.loads(files["config.json"])
-    tokenizer = Tokenizer.from_arrow(_table(files["vocabulary.arrow"]))
+    tokenizer = Tokenizer.from_arrow(arrow.decode(files["vocabulary.arrow"]))
     if tokenizer.hash != config["tokenizer"]:
         raise ValueError(
             f"{where}: vocabulary.arrow has tokenizer hash {tokenizer.hash[:12]}, config.json says "
@@ -91,7 +90,7 @@ def load(url: str) -> Embedder:
     except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(f"{where}: weights and config.json do not fit together: {error}") from error
     embedder = Embedder(student, tokenizer, reference, head, config["about"], digest)
-    _try_golden(embedder, _table(files["golden.arrow"]), where)
+    _try_golden(embedder, arrow.decode(files["golden.arrow"]), where)
     return embedder
 
 
@@ -171,10 +170,10 @@ def _contents(embedder: Embedder, golden: Counts) -> dict[str, bytes]:
     return {
         "card.md": text.encode(),
         "config.json": _json(config),
-        "golden.arrow": _arrow(_golden(embedder, golden)),
+        "golden.arrow": arrow.encode(_golden(embedder, golden)),
         "heads.safetensors": safetensors.torch.save(tensors),
         "student.safetensors": safetensors.torch.save(embedder.student.state_dict()),
-        "vocabulary.arrow": _arrow(embedder.tokenizer.to_arrow()),
+        "vocabulary.arrow": arrow.encode(embedder.tokenizer.to_arrow()),
     }
 
 
@@ -267,17 +266,6 @@ def _checked(path: str, sha256: str) -> bytes:
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-
-
-def _arrow(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def _table(data: bytes) -> pa.Table:
-    return pa.ipc.open_file(pa.BufferReader(data)).read_all()
 
 
 def _markdown(rows: list[dict[str, Any]]) -> list[str]:

@@ -284,6 +284,19 @@ def test_a_bad_data_set_may_be_left_out_and_is_listed(tmp_path):
     assert not [name for name in os.listdir(tmp_path / "store") if name.startswith(".parts")]
 
 
+def test_the_command_fails_for_data_sets_left_out_unless_that_is_allowed(tmp_path, capsys):
+    write(anndata(poisson(20, 8)), tmp_path / "good.h5ad")
+    (tmp_path / "bad.h5ad").write_bytes(b"")
+    rows = [{"dataset": n, "modality": "rna", "url": f"{n}.h5ad"} for n in ("good", "bad")]
+    recipe = Recipe(atlas=table(tmp_path / "t.csv", *rows), run=str(tmp_path / "run"))
+    assert command.run(recipe, Options(progress="quiet")) == 1
+    assert re.search(r"cannot be read: bad: .*bad\.h5ad is empty", capsys.readouterr().out)
+    assert command.run(override(recipe, {"ingest.allow_failed_files": True}), Options(progress="quiet")) == 0
+    assert len(Store(str(tmp_path / "run" / "store"))) == 20
+    with pytest.raises(ValueError, match=r"data sets could not be read: bad.*allow_failed_files=true"):
+        command.complete(json.loads((tmp_path / "run/store/ingest.json").read_text()), recipe)
+
+
 def test_a_data_set_that_was_mended_comes_as_the_next_edition(tmp_path):
     counts = poisson(50, 8)
     for name, data in (("good", counts), ("late", counts[::-1] + 0.5)):

@@ -41,7 +41,7 @@ class Estimate:
     """Rows that were read to tell."""
 
 
-def estimate(plan: Plan, unit_cells: int) -> Estimate:
+def estimate(plan: Plan) -> Estimate:
     """The estimate for `plan`, from the first rows of its largest files. Writes nothing."""
     parts = [part for group in plan.groups for part in group.parts]
     largest = sorted(parts, key=lambda part: -part.stored)[:FILES]

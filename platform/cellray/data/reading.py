@@ -4,6 +4,7 @@ Nothing is loaded whole but names, when they are asked for. What a file may hold
 """
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -54,7 +55,7 @@ def open_source(url: str, *, modality: str = "", layer: str = "", names: str = "
         yield source
 
 
-class Source:
+class Source(ABC):
     """One modality of one file. Made by `open_source`."""
 
     shape: tuple[int, int]
@@ -177,11 +178,13 @@ class Source:
         """Other places of the file that hold whole numbers."""
         return []
 
+    @abstractmethod
     def _cell_names(self) -> np.ndarray:
-        raise NotImplementedError
+        """Names of the cells as they are stored, str [cells]."""
 
+    @abstractmethod
     def _feature_names(self) -> tuple[np.ndarray, np.ndarray]:
-        raise NotImplementedError
+        """Ids and second names of the features as they are stored, str [features] each."""
 
     def _column(self, name: str) -> np.ndarray:
         raise ValueError(f"{self.url}: obs has no column {name!r}; {_offer(name, self.obs_columns)}")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 from fsspec.implementations.local import LocalFileSystem
 
-from cellray.data import compiled, storage
+from cellray.data import arrow, compiled, storage
 from cellray.data.atlas import File
 from cellray.data.features import Tally
 from cellray.data.qc import Metrics, measure
@@ -368,7 +368,7 @@ def _list(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(url: str) -> pa.Table:
-    return pa.ipc.open_file(storage.read_bytes(url)).read_all()
+    return arrow.decode(storage.read_bytes(url))
 
 
 def every(urls: Sequence[str]) -> Iterator[pa.Table]:

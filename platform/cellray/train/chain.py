@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from cellray.data import storage
+from cellray.data import arrow, storage
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint, workers
 from cellray.train.fit import Emit, plan_of, run_stage
 from cellray.train.run import KINDS, Run
 from cellray.train.stages import Control, Distil, Joint, Stage, Unimodal, View
-from cellray.train.targets import TeacherVectors, encode_table, read_table, teacher_table
+from cellray.train.targets import TeacherVectors, read_table, teacher_table
 
 
 def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
@@ -73,7 +73,7 @@ def _vectors(teacher: Teacher, run: Run, origin: str, emit: Emit, device: str) -
         emit({"stage": "teacher", "step": 0, "steps": 1})
         rows = np.arange(len(store))[workers.rank() :: workers.world()]
         part = run.path("teacher", f"{origin}.part-{workers.rank()}-{workers.world()}")
-        storage.write_bytes(part, encode_table(teacher_table(teacher, store, rows, device=device)))
+        storage.write_bytes(part, arrow.encode(teacher_table(teacher, store, rows, device=device)))
         workers.barrier()
         if workers.rank() == 0:
             parts = [
@@ -81,7 +81,7 @@ def _vectors(teacher: Teacher, run: Run, origin: str, emit: Emit, device: str) -
                 for r in range(workers.world())
             ]
             whole = pa.concat_tables([read_table(p) for p in parts])
-            storage.write_bytes(path, encode_table(whole.combine_chunks()))
+            storage.write_bytes(path, arrow.encode(whole.combine_chunks()))
             for p in parts:
                 checkpoint.remove(p)
         workers.barrier()

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cellray.data import storage
+from cellray.data import arrow, storage
 from cellray.data.cache import Cache
 from cellray.data.split import held_out
 from cellray.data.store import Store
@@ -28,7 +28,7 @@ from cellray.model.student import Student
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
 from cellray.train.recipe import LAUNCH, Recipe, describe, from_json, to_json
-from cellray.train.targets import encode_table, read_table
+from cellray.train.targets import read_table
 
 KINDS = ("unimodal", "joint", "distil")
 """The stages a user names."""
@@ -107,7 +107,7 @@ class Run:
         test, units = held_out(cells, by=self.recipe.split.by, fraction=self.recipe.split.fraction)
         names = [units[name] for name in cells["dataset"].to_pylist()]
         table = pa.table({"cell_id": cells["cell_id"], "unit": pa.array(names), "test": pa.array(test)})
-        if not storage.write_once(self.path("splits.arrow"), encode_table(table)):
+        if not storage.write_once(self.path("splits.arrow"), arrow.encode(table)):
             before = read_table(self.path("splits.arrow"))
             if not before["test"].equals(table["test"]) or not before["cell_id"].equals(table["cell_id"]):
                 raise ValueError(

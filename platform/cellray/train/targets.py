@@ -1,6 +1,5 @@
 """What the student learns from: the teacher's vectors, computed once and joined by cell id."""
 
-import io
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cellray.data import storage
+from cellray.data import arrow, storage
 from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
 from cellray.model.teacher import Teacher
@@ -95,15 +94,9 @@ def teacher_vectors(
     return joint.float().cpu().numpy(), summaries.float().flatten(1).cpu().numpy()
 
 
-def encode_table(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
 def read_table(url: str) -> pa.Table:
-    return pa.ipc.open_file(io.BytesIO(storage.read_bytes(url))).read_all()
+    """The Arrow table in the file at `url`."""
+    return arrow.decode(storage.read_bytes(url))
 
 
 def _centre(vectors: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, float]:
