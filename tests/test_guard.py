@@ -312,10 +312,9 @@ def test_sharded_folders_are_read_and_shards_with_huge_indices_refused(tmp_path)
     refused(path, "/X/data has chunks of 16,000,000,000 bytes")
 
 
-def test_soma_experiments_are_named_with_the_way_out(tmp_path):
-    (tmp_path / "experiment" / "__group").mkdir(parents=True)
-    refused(tmp_path / "experiment", "TileDB-SOMA experiment.*get_anndata")
-    refused("soma://bucket/experiment", "TileDB-SOMA experiment.*get_anndata")
+def test_addresses_of_soma_experiments_are_named_with_the_way_out():
+    refused("soma://bucket/experiment", "TileDB-SOMA experiment.*s3://")
+    refused("tiledb://bucket/experiment", "TileDB-SOMA experiment.*s3://")
 
 
 @pytest.mark.parametrize("url", ["reference://a.json", "reference::s3://bucket/a.json", "kerchunk://a"])

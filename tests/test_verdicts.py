@@ -1,13 +1,15 @@
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cellray.data.atlas import FIELDS, File
 from cellray.data.group import Group, Part
 from cellray.data.harmony import Features
 from cellray.data.modalities import ATAC, PROTEIN, RNA
 from cellray.data.qc import DUPLICATE, EMPTY, FEW_FEATURES, KEPT, LABEL, OUT_COUNTS, QC, Metrics
-from cellray.data.shuffle import order
-from cellray.data.units import UNKNOWN
+from cellray.data.texts import Texts
 from cellray.data.verdicts import decide
 
 NONE = Features(
@@ -24,9 +26,9 @@ def part(modality, cells):
     return Part(file=file, cells=np.asarray(cells), features=NONE, stored=1, step=100)
 
 
-def group(cells, parts, name="d"):
-    about = {field: np.full(cells, "", object) for field in FIELDS}
-    names = np.array([f"c{i}" for i in range(cells)], object)
+def group(cells, parts, name="d", **fields):
+    about = {field: Texts.of(fields[field]) if field in fields else Texts.full(cells, "") for field in FIELDS}
+    names = pa.array([f"c{i}" for i in range(cells)], pa.large_string())
     known = {"species": "", "species_from": "", "label_from": ""}
     return Group(name=name, cells=names, about=about, parts=tuple(parts), **known)
 
@@ -96,18 +98,45 @@ def test_a_cell_met_before_is_a_duplicate_in_this_and_in_an_earlier_edition(keep
     assert decided([a, b], measured, qc=qc, there=depth).cells["b"].tolist() == [reason, KEPT]
 
 
-def test_every_cell_that_stays_has_one_place_whatever_else_is_there():
-    a, b = group(50, [part("rna", np.arange(50))], "a"), group(30, [part("rna", np.arange(30))], "b")
-    counts = [np.where(np.arange(n) % 7, 5, 0) for n in (50, 30)]
-    found = decided([a, b], [metrics(counts[0]), metrics(counts[1], digest=np.arange(900, 930))])
-    table, places, bounds = order([a, b], found, 4)
-    stay = [name for name in ("a", "b") for i in range(len(places[name])) if i % 7]
-    assert len(table) == len(stay) == bounds[-1]
-    ids = table["cell_id"].to_pylist()
-    for name in places:
-        for cell, place in enumerate(places[name]):
-            assert (place == UNKNOWN) == (cell % 7 == 0)
-            assert place == UNKNOWN or ids[place] == f"{name}:c{cell}"
-    alone = order([b], decided([b], [metrics(counts[1], digest=np.arange(900, 930))]), 4)[0]
-    assert alone["cell_id"].to_pylist() == [i for i in ids if i.startswith("b:")]
-    assert table["digest"].to_pylist()[places["b"][1]] == 901
+def test_cells_are_judged_by_data_set_and_assay_in_the_order_in_which_they_come():
+    rng = np.random.default_rng(3)
+    groups, expected = [], []
+    for name in "ba":
+        assays = rng.choice(["v3", "v2", "", "cel"], 40)
+        parts = [part("rna", np.arange(10, 40)), part("rna", np.arange(10))]
+        groups.append(group(40, parts, name, assay=assays))
+        expected += [", ".join(filter(None, (name, assay))) for assay in [*assays[10:], *assays[:10]]]
+    found = decided(groups, [metrics(np.full(len(p.cells), 9)) for g in groups for p in g.parts])
+    (judged,) = found.judged
+    assert [entry["group"] for entry in judged["groups"]] == list(dict.fromkeys(expected))
+    for entry in judged["groups"]:
+        assert entry["cells"] == expected.count(entry["group"])
+        assert ", ".join(filter(None, (entry["dataset"], entry["assay"]))) == entry["group"]
+
+
+CELLS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 2), st.integers(1, 2)), max_size=9)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.lists(CELLS.filter(bool), min_size=1, max_size=3), CELLS)
+def test_duplicates_are_those_that_cells_met_one_by_one_would_be(sets, earlier):
+    groups = [group(len(own), [part("rna", np.arange(len(own)))], f"d{i}") for i, own in enumerate(sets)]
+    measured = []
+    for own in sets:
+        digest, counts, features = np.array(own).T
+        measured.append(metrics(counts, features, digest))
+    known = np.array(earlier, np.int64).reshape(-1, 3).T
+    found = decided(groups, measured, there=(known[0].astype(np.uint64), known[1]))
+    there = {(digest, depth) for digest, depth, _ in earlier}
+    seen = set()
+    for i, own in enumerate(sets):
+        expected = []
+        for cell in own:
+            again = cell[0] != 0 and (cell in seen or cell[:2] in there)
+            expected.append(DUPLICATE if again else KEPT)
+            seen.add(cell)
+        assert found.cells[f"d{i}"].tolist() == expected
+    entries = found.judged[0]["groups"]
+    assert [entry["reasons"].get("duplicate", 0) for entry in entries] == [
+        int((found.cells[g.name] == DUPLICATE).sum()) for g in groups
+    ]

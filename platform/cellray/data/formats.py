@@ -1,26 +1,59 @@
 """The formats that cells come in: HDF5 files and zarr folders, and the data frames AnnData keeps in them."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import zarr
 from fsspec.implementations.local import LocalFileSystem
 
 from cellray.data import storage
 from cellray.data.faults import retried
-from cellray.data.guard import SOMA, check_folder, check_hdf5, check_url, check_whole, item, whole
+from cellray.data.guard import check_folder, check_hdf5, check_url, check_whole, item, whole
 
 DAMAGE = (OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError)
 """What libraries raise, beside ValueError, over a file whose descriptions of its content are damaged."""
 
 
+class Counts(Protocol):
+    """A matrix of counts, [cells, features], as a `Source` reads it."""
+
+    by_column: bool
+    chunk_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def stored(self) -> int: ...
+
+    def rows(self, start: int, stop: int, check: Callable[..., np.ndarray]) -> sp.csr_matrix: ...
+
+
+class Foreign(ABC):
+    """What is open of a format that a library of its own reads, out of which it makes the source itself."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """Modalities as the file names them; none where it holds one that has no name."""
+
+    @abstractmethod
+    def source(self, modality: str, layer: str, names: str) -> Any:
+        """The `Source` that `open_source` is asked for."""
+
+
 @contextmanager
 def opened(url: str) -> Iterator[Any]:
-    """The root group of an HDF5 file or zarr folder, guarded. ValueError says what is there instead."""
+    """The root group of an HDF5 file or zarr folder, or another root (`Foreign`), guarded.
+
+    ValueError says what is there instead.
+    """
     check_url(url)
     fs, path = storage.locate(url)
     if not storage.exists(url):
@@ -31,7 +64,11 @@ def opened(url: str) -> Iterator[Any]:
                 with naming(url):
                     check_folder(path)
             if fs.exists(f"{path}/__group") or fs.exists(f"{path}/__tiledb_group.tdb"):
-                raise ValueError(f"{url} {SOMA}")
+                # It builds on this module; and most never need it.
+                from cellray.data import soma
+
+                yield stack.enter_context(soma.opened(url, path))
+                return
             yield _zarr(url)
             return
         if path.endswith(".zip"):
@@ -129,22 +166,22 @@ def column(frame: Any, name: str) -> np.ndarray:
     if not isinstance(node, h5py.Group | zarr.Group):
         # AnnData before 0.8 wrote what a column's numbers stand for elsewhere.
         other = node.attrs.get("categories")
-        return _text(_values(node)) if other is None else _decoded(_values(node), _values(frame[other]))
+        return text(_values(node)) if other is None else decoded(_values(node), _values(frame[other]))
     if "codes" in node:
-        return _decoded(_values(item(node, "codes")), _values(item(node, "categories")))
+        return decoded(_values(item(node, "codes")), _values(item(node, "categories")))
     values, missing = _values(item(node, "values")), _values(item(node, "mask"))
     if missing.dtype != bool or missing.shape != values.shape:
         raise ValueError(f"{node.name} has {len(values):,} values but a mask that does not fit them")
-    return np.where(missing, "", _text(values))
+    return np.where(missing, "", text(values))
 
 
-def _decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
+def decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
     """The category of each code as text, "" for -1, which is none."""
     if codes.dtype.kind not in "iu" or (
         codes.size and not -1 <= int(codes.min()) <= int(codes.max()) < len(categories)
     ):
         raise ValueError(f"a column has codes that are not among its {len(categories):,} categories")
-    return np.append(_text(categories), "")[codes]
+    return np.append(text(categories), "")[codes]
 
 
 def _values(array: Any) -> np.ndarray:
@@ -165,7 +202,7 @@ def column_names(frame: Any) -> list[str]:
     return [str(name) for name in frame.attrs.get("column-order", [])]
 
 
-def _text(values: np.ndarray) -> np.ndarray:
+def text(values: np.ndarray) -> np.ndarray:
     """Values as text, "" for missing ones, object."""
     series = pd.Series(values)
     return np.where(series.isna(), "", series.astype(str).to_numpy(dtype=object))

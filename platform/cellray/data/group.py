@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from cellray.data.atlas import FIELDS, File
 from cellray.data.formats import naming, opened
 from cellray.data.genes import Genes
 from cellray.data.harmony import Features, Harmony, harmony
 from cellray.data.reading import Source, known, modality_keys, open_source
+from cellray.data.texts import Texts, common
+from cellray.data.tokens import narrow
 from cellray.train.recipe import Recipe
 
 CELLXGENE = {
@@ -34,7 +37,7 @@ class Part:
     file: File
     """Its row of the atlas, modality and layer filled in."""
     cells: np.ndarray
-    """Which cell of the data set each row is, int64 [rows]."""
+    """Which cell of the data set each row is, of the narrowest unsigned type [rows]."""
     features: Features
     """What its columns count."""
     stored: int
@@ -53,10 +56,10 @@ class Group:
     """One data set: its cells, what is known of them, and the files their counts are in."""
 
     name: str
-    cells: np.ndarray
-    """Cell names, str [cells]: those of the first file in its order, then what further files add."""
-    about: dict[str, np.ndarray]
-    """Each of FIELDS, str [cells], "" where it is not known."""
+    cells: pa.LargeStringArray
+    """Cell names [cells]: those of the first file in its order, then what further files add."""
+    about: dict[str, Texts]
+    """Each of FIELDS [cells], "" where it is not known."""
     species: str
     """The one species of all its cells, "" if nobody knows."""
     species_from: str
@@ -71,28 +74,31 @@ def survey_group(name: str, rows: Sequence[File], recipe: Recipe) -> Group:
     how = harmony(recipe.ingest.genes, recipe.ingest.peaks)
     cells = pd.Index([], dtype=object)
     read: list[_Read] = []
-    values: list[dict[str, np.ndarray | ValueError]] = []
+    values: list[dict[str, Texts | ValueError]] = []
     with ExitStack() as stack:
         for row in rows:
             try:
                 for file in _expand(row, recipe):
                     source, file = _open(file, stack)
                     names = pd.Index(source.cell_names, dtype=object)
-                    cells = cells.append(names[~names.isin(cells)])
-                    read.append(_Read(file, source, cells.get_indexer(names)))
+                    if read:
+                        cells = cells.append(names[~names.isin(cells)])
+                        read.append(_Read(file, source, cells.get_indexer(names)))
+                    else:  # most data sets are one file, whose names nothing has to be looked up by
+                        cells = names
+                        read.append(_Read(file, source, np.arange(len(names))))
                     values.append({field: _values(source, getattr(file, field)) for field in FIELDS})
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
         _check_cells(name, read, cells)
         about = {field: _merge(field, read, [v[field] for v in values], cells) for field in FIELDS}
-        about["species"] = pd.Series(about["species"]).replace(SPECIES).to_numpy(dtype=object)
         species, species_from = _species(name, about["species"], read, how)
-        about["species"] = np.full(len(cells), species, object)
+        about["species"] = Texts.full(len(cells), species)
         modalities = {m.name: m for m in recipe.modalities}
         parts = [
             Part(
                 file=file,
-                cells=at,
+                cells=at.astype(narrow(len(cells))),
                 features=how.features(source, modalities[file.modality], species),
                 stored=source.stored,
                 step=source.step(recipe.ingest.unit_cells),
@@ -104,7 +110,7 @@ def survey_group(name: str, rows: Sequence[File], recipe: Recipe) -> Group:
         raise ValueError(f"data set {name!r} has label_from {' and '.join(origins)}: it can be one only")
     return Group(
         name=name,
-        cells=cells.to_numpy(dtype=object),
+        cells=pa.array(cells, pa.large_string()),
         about=about,
         species=species,
         species_from=species_from,
@@ -122,9 +128,9 @@ class _Read(NamedTuple):
     """Which cell of the data set each row is, int64 [rows]."""
 
 
-def _species(name: str, said: np.ndarray, read: Sequence["_Read"], how: Harmony) -> tuple[str, str]:
+def _species(name: str, said: Texts, read: Sequence["_Read"], how: Harmony) -> tuple[str, str]:
     """The species of a data set, and how it is known: by its genes, which the atlas must not contradict."""
-    told = sorted({str(species) for species in said} - {""})
+    told = sorted({SPECIES.get(species, species) for species in said.values} - {""})
     if len(told) > 1:
         raise ValueError(
             f"data set {name!r} holds cells of {' and '.join(told)}: make a data set of each, from files of "
@@ -191,47 +197,50 @@ def _open(file: File, stack: ExitStack) -> tuple[Source, File]:
     return stack.enter_context(open_source(file.url, **(settings | {"layer": "raw"}))), file
 
 
-def _values(source: Source, setting: str) -> np.ndarray | ValueError:
+def _values(source: Source, setting: str) -> Texts | ValueError:
     """What `setting`, a column or =VALUE or "", says of each cell; an error to raise if nobody has it."""
     if not setting or setting.startswith("="):
-        return np.full(len(source.cell_names), setting[1:], object)
+        return Texts.full(len(source.cell_names), setting[1:])
     try:
-        return source.obs([setting])[setting]
+        return Texts.of(source.obs([setting])[setting])
     except ValueError as error:
         return error
 
 
 def _merge(
-    field: str, parts: Sequence["_Read"], values: Sequence[np.ndarray | ValueError], cells: pd.Index
-) -> np.ndarray:
-    """One value a cell out of what all files say of it, str [cells].
+    field: str, parts: Sequence["_Read"], values: Sequence[Texts | ValueError], cells: pd.Index
+) -> Texts:
+    """One value a cell out of what all files say of it [cells].
 
     A column has to be in one file at least of those whose rows name it.
     """
-    merged = np.full(len(cells), "", object)
+    empty = Texts.full(1, "")
+    words, codes = common([empty, *(v if isinstance(v, Texts) else empty for v in values)])
+    merged = np.zeros(len(cells), codes[0].dtype)  # 0 is "", which sorts first
     setter = np.full(len(cells), -1)
     seen = {
         getattr(p.file, field) for p, v in zip(parts, values, strict=True) if not isinstance(v, ValueError)
     }
-    for number, (part, value) in enumerate(zip(parts, values, strict=True)):
-        if isinstance(value, ValueError):
+    for number, (part, texts) in enumerate(zip(parts, values, strict=True)):
+        if isinstance(texts, ValueError):
             if getattr(part.file, field) not in seen:
-                raise ValueError(f"{part.file.where}: {field}: {value}")
+                raise ValueError(f"{part.file.where}: {field}: {texts}")
             continue
+        value = codes[number + 1][texts.codes]
         old = merged[part.cells]
-        odd = np.flatnonzero((old != "") & (value != "") & (old != value))
+        odd = np.flatnonzero((old != 0) & (value != 0) & (old != value))
         if len(odd):
             at = odd[0]
             other = parts[setter[part.cells[at]]].file
             raise ValueError(
                 f"{len(odd):,} cells have another {field} in {part.file.url} than in {other.url}, such as "
-                f"{cells[part.cells[at]]}: {value[at]!r} and {old[at]!r}. "
+                f"{cells[part.cells[at]]}: {words[value[at]]!r} and {words[old[at]]!r}. "
                 f"Leave {field} empty in the row of one of the files."
             )
-        fresh = part.cells[(old == "") & (value != "")]
-        merged[fresh] = value[(old == "") & (value != "")]
-        setter[fresh] = number
-    return merged
+        fresh = (old == 0) & (value != 0)
+        merged[part.cells[fresh]] = value[fresh]
+        setter[part.cells[fresh]] = number
+    return Texts.coded(merged, words)
 
 
 def _check_cells(name: str, parts: Sequence["_Read"], cells: pd.Index) -> None:

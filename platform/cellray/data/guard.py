@@ -28,10 +28,7 @@ WHOLE = 4 << 30
 """Bytes of an array that is read whole: names, columns, starts of rows."""
 UNREAD = re.compile(r"/(mod/[^/]+/)?(raw/)?(uns|obsm|varm|obsp|varp)(/|$)")
 """What is never read of an AnnData: its links are looked at, its arrays may be anything."""
-SOMA = (
-    "is a TileDB-SOMA experiment, which is not read: write the cells that are wanted to an .h5ad first "
-    "(tiledbsoma's query.to_anndata, or cellxgene_census.get_anndata)"
-)
+SOMA = "is the address of a TileDB-SOMA experiment in a catalogue: give its folder, a path or an s3:// URL"
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
 """Filters of HDF5 that come with the library."""
 PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}

@@ -147,8 +147,8 @@ class _Run:
         assert counted.verdicts is not None
         for at, (group, part) in enumerate(counted.owned()):
             stay = counted.verdicts.rows[at] == KEPT
-            assays, codes = np.unique(group.about["assay"][part.cells].astype(str), return_inverse=True)
-            codes = np.where(stay, codes, -1)
+            assays = group.about["assay"][part.cells]
+            codes = np.where(stay, assays.codes, np.int8(-1))
             cuts, numbers = part.units, counted.numbers[at]
             for first in range(0, len(cuts), TOGETHER):
                 mine = cuts[first : first + TOGETHER]
@@ -157,7 +157,7 @@ class _Run:
                         number=numbers[first],
                         origin=at,
                         units=tuple(numbers[first : first + TOGETHER]),
-                        assays=tuple(map(str, assays)),
+                        assays=assays.values,
                         group=codes[mine[0][0] : mine[-1][1]],
                     )
                 )
@@ -185,9 +185,10 @@ class _Run:
             for metrics, reason in zip(counted.metrics, verdicts.rows, strict=True)
         )
         shards = max(1, round(tokens * TOKEN_BYTES / self.recipe.ingest.shard_bytes))
-        table, places, bounds = order(counted.groups, verdicts, shards)
-        folder = self._folder([tokenizer.hash, [g.name for g in counted.groups], bounds.tolist()])
-        units.write_cells(table, bounds, folder)
+        found = order(counted.groups, verdicts, shards)
+        folder = self._folder([tokenizer.hash, [g.name for g in counted.groups], found.bounds.tolist()])
+        units.write_cells(found.shards(), folder)
+        places = found.places()
         placed, sources = [], []
         for at, (group, part) in enumerate(counted.owned()):
             stay = verdicts.rows[at] == KEPT
@@ -206,7 +207,7 @@ class _Run:
         onto = ray.put(
             [targets(p.features.names, tokenizer.vocabularies[p.file.modality]) for p in counted.parts]
         )
-        words, edges = ray.put(tokenizer), ray.put(bounds)
+        words, edges = ray.put(tokenizer), ray.put(found.bounds)
         widths = counted.widths()
         errors = self._do(
             "tokens",

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from cellray.data.atlas import FIELDS, files
 from cellray.data.group import Group, survey_group
@@ -117,14 +116,18 @@ def _dropped(
     groups: Sequence[Group], labels: Sequence[str], there: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Cells that have one of `labels`. ValueError for a label that no cell has, unless a store is there."""
-    known = sorted({str(label) for group in groups for label in set(group.about["label"])} - {""})
+    known = sorted({label for group in groups for label in group.about["label"].values} - {""})
     for label in labels:
         if label not in known and not there:
             raise ValueError(
                 f"ingest.drop_labels has {label!r}, but no cell has this label; there are "
                 f"{', '.join(known) or 'no labels'}"
             )
-    return {group.name: pd.Series(group.about["label"]).isin(labels).to_numpy() for group in groups}
+    found = {}
+    for group in groups:
+        texts = group.about["label"]
+        found[group.name] = np.array([label in labels for label in texts.values], bool)[texts.codes]
+    return found
 
 
 def _check_species(groups: Sequence[Group], there: Mapping[str, Any], harmony: Harmony) -> None:

@@ -1,13 +1,13 @@
-"""Cells out of .h5ad, .h5mu, zarr and 10x Genomics .h5 files at any URL: names, raw counts by row ranges.
+"""Cells out of .h5ad, .h5mu, zarr, 10x Genomics .h5 and SOMA at any URL: names, raw counts by row ranges.
 
 Nothing is loaded whole but names, when they are asked for. What a file may hold is in `guard`.
 """
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import h5py
@@ -16,11 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from cellray.data import tenx
+from cellray.data import formats, tenx
 from cellray.data.counts import check_counts, counts_of
 from cellray.data.formats import column, column_names, has, naming, opened, row_names, rows_in
 from cellray.data.guard import item
-from cellray.data.matrices import KEPT, Dense, Sparse, canonical, matrix_of
+from cellray.data.matrices import KEPT, Dense, canonical, matrix_of
 from cellray.data.modalities import PEAK
 
 SYMBOLS = ("symbol", "gene_symbol", "gene_symbols", "feature_name", "gene_name")
@@ -37,18 +37,20 @@ CELLXGENE = ("assay_ontology_term_id", "cell_type_ontology_term_id")
 def open_source(url: str, *, modality: str = "", layer: str = "", names: str = "") -> Iterator["Source"]:
     """The cells of one modality in the file at `url`, to be read while the `with` lasts.
 
-    `modality` picks one of a MuData file, by its key or a usual alias of it, or one kind of features
-    of a 10x Genomics file, and may stay "" if the file has only one. `layer` is "" for X, "raw" for
-    raw.X, else a layer. `names` is the var column of the feature ids, "" for var_names; where the
-    column is empty, var_names stand in.
+    `modality` picks one of a MuData file, by its key or a usual alias of it, one kind of features of
+    a 10x Genomics file, or a measurement of a TileDB-SOMA experiment, and may stay "" if there is only
+    one. `layer` is "" for X, "raw" for raw.X, else a layer; `soma` tells what these are there. `names`
+    is the var column of the feature ids, "" for var_names; where the column is empty, var_names stand in.
 
     ValueError, naming the file and what was found in it: missing, truncated, hostile or another
     format, modality, layer or column that does not exist, cell names that repeat, counts that are none.
     """
     with opened(url) as root:
         with naming(url):
-            if tenx.holds(root):
-                source: Source = _TenX(url, root, modality, layer, names)
+            if isinstance(root, formats.Foreign):
+                source: Source = root.source(modality, layer, names)
+            elif tenx.holds(root):
+                source = _TenX(url, root, modality, layer, names)
             else:
                 node, shared = _modality(root, url, modality)
                 source = _AnnData(url, node, shared, layer, names)
@@ -62,8 +64,6 @@ class Source(ABC):
     """Cells and features."""
     by_column: bool
     """Stored by columns (CSC): `rows` reads the whole file, once up to KEPT counts, else each time."""
-    stored: int
-    """Numbers stored: non-zeros of a sparse matrix, all of a dense one."""
     layer: str = ""
     """Which counts these are, as `open_source` was told."""
     where: str
@@ -75,12 +75,16 @@ class Source(ABC):
     genomes: tuple[str, ...] = ()
     """Genomes of the features as the file names them, in order; none if it does not say."""
 
-    def __init__(self, url: str, matrix: Dense | Sparse) -> None:
+    def __init__(self, url: str, matrix: formats.Counts) -> None:
         self.url = url
         self._matrix = matrix
         self.shape = matrix.shape
         self.by_column = matrix.by_column
-        self.stored = matrix.stored
+
+    @property
+    def stored(self) -> int:
+        """Numbers stored: non-zeros of a sparse matrix, all of a dense one."""
+        return self._matrix.stored
 
     @cached_property
     def cell_names(self) -> np.ndarray:
@@ -187,7 +191,7 @@ class Source(ABC):
         """Ids and second names of the features as they are stored, str [features] each."""
 
     def _column(self, name: str) -> np.ndarray:
-        raise ValueError(f"{self.url}: obs has no column {name!r}; {_offer(name, self.obs_columns)}")
+        raise ValueError(f"{self.url}: obs has no column {name!r}; {offer(name, self.obs_columns)}")
 
 
 class _AnnData(Source):
@@ -205,7 +209,7 @@ class _AnnData(Source):
         super().__init__(url, matrix_of(item(node, _key(layer))))
         self._var = item(node, "raw/var" if layer == "raw" else "var")
         if names and names not in column_names(self._var):
-            raise ValueError(f"{url}: var has no column {names!r}; {_offer(names, column_names(self._var))}")
+            raise ValueError(f"{url}: var has no column {names!r}; {offer(names, column_names(self._var))}")
         own = column_names(item(node, "obs"))
         extra = [] if shared is None else column_names(shared)
         self.obs_columns = (*own, *(name for name in extra if name not in own))
@@ -231,7 +235,8 @@ class _AnnData(Source):
         return row_names(item(self._node, "obs"))
 
     def _feature_names(self) -> tuple[np.ndarray, np.ndarray]:
-        return _features(self.url, self._var, self._ids)
+        var = self._var
+        return features_of(self.url, row_names(var), column_names(var), partial(column, var), self._ids)
 
     def _candidates(self) -> list[str]:
         layers = sorted(item(self._node, "layers").keys()) if "layers" in self._node else []
@@ -273,7 +278,7 @@ class _TenX(Source):
         self.where = f"{url}: {self._file.key}"
         self._picked = self._file.pick(known(modality) if modality else "")
         if names not in ("", *self._file.columns):
-            raise ValueError(f"{url} has no feature names {names!r}; {_offer(names, self._file.columns)}")
+            raise ValueError(f"{url} has no feature names {names!r}; {offer(names, self._file.columns)}")
         self._ids = names
         super().__init__(url, self._file.counts)
         self.shape = (self.shape[0], int(self._picked.sum()))
@@ -296,7 +301,9 @@ def _key(layer: str) -> str:
 
 
 def modality_keys(root: Any) -> list[str]:
-    """Modalities of a MuData file or 10x Genomics matrix, as it names them; none for an AnnData."""
+    """Modalities of a MuData or 10x Genomics file or an experiment, as it names them; none for an AnnData."""
+    if isinstance(root, formats.Foreign):
+        return root.keys
     if tenx.holds(root):
         return tenx.Matrix(root).kinds
     return sorted(item(root, "mod").keys()) if "mod" in root and "X" not in root else []
@@ -308,15 +315,20 @@ def _modality(root: Any, url: str, modality: str) -> tuple[Any, Any]:
     if not keys:
         _expect_anndata(root, url)
         return root, None
-    named = {known(key): key for key in keys} | {key: key for key in keys}
-    if modality == "" and len(keys) == 1:
-        modality = keys[0]
-    if modality not in named:
-        asked = f"no modality {modality!r}" if modality else "several modalities, and none was named"
-        raise ValueError(f"{url} has {asked}: it holds {', '.join(keys)}. Name one of them as modality=.")
-    node = item(root, f"mod/{named[modality]}")
+    node = item(root, f"mod/{one_of(url, keys, modality)}")
     _expect_anndata(node, url)
     return node, item(root, "obs") if "obs" in root else None
+
+
+def one_of(url: str, keys: Sequence[str], modality: str) -> str:
+    """The one of `keys` that `modality` means, "" being the only one."""
+    named = {known(key): key for key in keys} | {key: key for key in keys}
+    if modality == "" and len(keys) == 1:
+        return keys[0]
+    if known(modality) not in named:
+        asked = f"no modality {modality!r}" if modality else "several modalities, and none was named"
+        raise ValueError(f"{url} has {asked}: it holds {', '.join(keys)}. Name one of them as modality=.")
+    return named.get(modality) or named[known(modality)]
 
 
 def known(key: str) -> str:
@@ -342,10 +354,10 @@ def _expect_anndata(node: Any, url: str) -> None:
     raise ValueError(f"{url} is no AnnData: it has no obs and var but {found}.{hint}")
 
 
-def _features(url: str, var: Any, names: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and second names of the features."""
-    own = row_names(var)
-    columns = column_names(var)
+def features_of(
+    url: str, own: np.ndarray, columns: Sequence[str], column: Callable[[str], np.ndarray], names: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and second names of the features, out of var: `own`, its row names, and `columns`, read by name."""
     if not names and len(own) and all(name.isdigit() for name in own):
         names = next((c for c in IDS if c in columns), "")
         if not names:
@@ -355,10 +367,10 @@ def _features(url: str, var: Any, names: str) -> tuple[np.ndarray, np.ndarray]:
             )
     ids = own
     if names:
-        ids = column(var, names)
+        ids = column(names)
         ids = np.where(ids == "", own, ids)
     second = next((c for c in SYMBOLS if c in columns and c != names), "")
-    symbols = column(var, second) if second else own
+    symbols = column(second) if second else own
     return ids, np.where(symbols == ids, "", symbols)
 
 
@@ -371,7 +383,7 @@ def _refuse_repeats(url: str, names: np.ndarray) -> None:
         )
 
 
-def _offer(name: str, names: Sequence[str]) -> str:
+def offer(name: str, names: Sequence[str]) -> str:
     """What there is instead of `name`, for a message."""
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -31,6 +31,7 @@ from cellray.data.features import Tally
 from cellray.data.qc import Metrics, measure
 from cellray.data.reading import open_source
 from cellray.data.shards import ABOUT, cell_table, encode_shard, index_of
+from cellray.data.texts import Texts
 from cellray.data.tokens import Counts, Tokenizer, narrow
 
 UNKNOWN = -1
@@ -72,7 +73,7 @@ class Some:
     units: tuple[int, ...]
     assays: tuple[str, ...]
     group: np.ndarray
-    """Which of `assays` each cell is of, -1 for a cell that does not stay, int64."""
+    """Which of `assays` each cell is of, -1 for a cell that does not stay, of a narrow signed type."""
 
     def __len__(self) -> int:
         return len(self.group)
@@ -85,10 +86,10 @@ class Placed:
     number: int
     origin: int
     modality: str
-    assays: np.ndarray
-    """Assay of each cell, str."""
+    assays: Texts
+    """Assay of each cell."""
     places: np.ndarray
-    """Row of each cell in the order of the store, UNKNOWN for one that does not stay, int64."""
+    """Row of each cell in the order of the store, UNKNOWN for one that does not stay, int32 or int64."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -330,12 +331,9 @@ def _counter(values: pa.Array) -> dict[str, int]:
     return {str(entry["values"]): entry["counts"] for entry in values.value_counts().to_pylist()}
 
 
-def write_cells(cells: pa.Table, bounds: np.ndarray, parts: str) -> None:
+def write_cells(shards: pa.RecordBatchReader, parts: str) -> None:
     """What is known of every cell, in the order of the store, a record batch a shard."""
-    none = pa.RecordBatch.from_arrays([pa.array([], f.type) for f in cells.schema], schema=cells.schema)
-    (batch,) = cells.combine_chunks().to_batches() or [none]
-    batches = [batch.slice(a, b - a) for a, b in itertools.pairwise(bounds)]
-    _save(cells_path(parts), batches, cells.schema)
+    _save(cells_path(parts), shards, shards.schema)
 
 
 def _save(url: str, batches: list[pa.RecordBatch], schema: pa.Schema) -> None:
