@@ -90,7 +90,43 @@ def test_row_sums_are_those_of_a_matrix():
     np.testing.assert_array_equal(compiled.sums(indptr, counts), dense(indptr, ids, counts, 12).sum(1))
 
 
-def test_placed_rows_stand_where_they_were_sent():
-    out = np.full(6, 9, np.uint8)
-    compiled.placed(np.array([0, 2, 3]), np.array([4, 5, 6], np.uint16), np.array([3, 0]), out)
-    assert out.tolist() == [6, 9, 9, 4, 5, 9]
+def test_rows_of_several_files_are_ranked_each_with_its_own_features():
+    rng = np.random.default_rng(4)
+    indptr, ids, counts = csr(30, 12, mean=1.5)
+    onto = [np.where(rng.random(12) < 0.3, -1, np.sort(rng.choice(40, 12, replace=False))) for _ in range(3)]
+    target = np.concatenate(onto).astype(np.int32)
+    weights = rng.random((2, 40)).astype(np.float32) + 0.1
+    rows, assay, file = rng.permutation(30)[:17], rng.integers(0, 2, 17), rng.integers(0, 3, 17)
+    offsets, *found = compiled.ranked(
+        indptr, ids, counts, weights, assay, rows=rows, target=target, base=12 * file
+    )
+    for i in range(17):
+        alone = {"rows": rows[i : i + 1], "target": onto[file[i]].astype(np.int32)}
+        _, *expected = compiled.ranked(indptr, ids, counts, weights, assay[i : i + 1], **alone)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one[offsets[i] : offsets[i + 1]], other)
+    some = compiled.known(indptr, ids, rows, np.where(target > 30, target, -1), 12 * file)
+    whole = dense(indptr, ids, counts, 12)[rows] > 0
+    assert some.tolist() == [bool((whole[i] & (onto[file[i]] > 30)).any()) for i in range(17)]
+    assert some.any()
+    assert not some.all()
+
+
+@pytest.mark.parametrize("sorted_already", [True, False])
+@pytest.mark.parametrize("most", [3, 300, 70_000])
+def test_measured_cells_are_those_projected_in_the_order_asked_for(sorted_already, most):
+    rng = np.random.default_rng(most)
+    indptr, ids, counts = csr(20, 12, mean=1.2)
+    counts[5] = most
+    target = np.arange(12) * 2 if sorted_already else rng.integers(-1, 24, 12)
+    target[3] = -1
+    order = rng.permutation(20)
+    mito, hashes = np.arange(24) < 9, rng.integers(1, 1 << 60, 24, dtype=np.uint64)
+    asked = target.astype(np.int32), order.astype(np.int32), hashes, mito
+    offsets, features, found, cells = compiled.measured(indptr, ids, counts, *asked)
+    moved = dense(*compiled.projected(indptr, ids, counts, asked[0]), 24)
+    np.testing.assert_array_equal(dense(offsets, features, found, 24), moved[order])
+    assert found.dtype == {3: np.uint8, 300: np.uint16, 70_000: np.uint32}[most]
+    np.testing.assert_array_equal(cells.counts, moved.sum(1))
+    np.testing.assert_array_equal(cells.features, (moved > 0).sum(1))
+    np.testing.assert_array_equal(cells.mito, moved[:, :9].sum(1))

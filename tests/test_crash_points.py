@@ -206,7 +206,7 @@ def old_store_or_new(place):
 def test_a_store_that_is_added_to_stays_readable_when_that_is_killed(tmp_path):
     root = str(tmp_path / "stores")
     stores, action = grown(tmp_path, root, unit=10, shard=150)
-    points = enumerate_crashes(root, stores, action, old_store_or_new, every=20, first=4)
+    points = enumerate_crashes(root, stores, action, old_store_or_new, every=14, first=4)
     assert points >= 4
 
 

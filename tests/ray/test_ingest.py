@@ -161,7 +161,7 @@ class Stop(Exception):
     """The run was killed here."""
 
 
-@pytest.mark.parametrize(("step", "share"), [("read", 0.4), ("count", 0.4), ("tokens", 0.5), ("shards", 0.5)])
+@pytest.mark.parametrize(("step", "share"), [("read", 0.4), ("count", 0.4), ("shards", 0.5)])
 def test_a_run_that_stopped_goes_on_where_it_was(made, atlas, tmp_path, step, share):
     recipe = override(
         Recipe(atlas=str(atlas)), {"qc.mads": 0, "ingest.unit_cells": 64, "ingest.shard_bytes": 5_000}
@@ -430,7 +430,7 @@ def test_the_command_shows_what_it_would_read_and_what_it_made(tmp_path, capsys)
     shown = capsys.readouterr()
     assert re.search(r"^d +rna +20 +20 +8 +8 +(\d+) +\1$", shown.out, re.MULTILINE)
     assert "20 of 20 cells kept" in shown.out
-    assert [line.split()[0] for line in shown.err.splitlines()] == ["read", "count", "tokens", "shards"]
+    assert [line.split()[0] for line in shown.err.splitlines()] == ["read", "count", "shards"]
     assert len(Store(str(tmp_path / "run" / "store"))) == 20
 
 

@@ -1,61 +1,52 @@
 """Loops over the tokens of sparse counts, compiled with numba. Beside each stands a reference in the tests.
 
 Counts come as CSR arrays: `indptr` int64 [cells + 1], `ids` int32 [tokens] rising within a cell,
-`counts` uint32 [tokens]. Compiling takes about a second a process, so only ingest imports this.
+`counts` uint32 [tokens]. Only ingest imports this: numba takes most of a second, and compiling two.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
 
+from cellray.data.qc import STEPS, SURPRISE, TELLING, Metrics
 from cellray.data.tokens import narrow
 
-ID_BITS = 11
-"""Bits of a feature id sorted by at a time."""
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """`function` compiled when it is first called, and kept on disk for further processes if that can be."""
+    try:
+        return njit(nogil=True, boundscheck=False, cache=True)(function)
+    except RuntimeError:  # there is no folder that can be written to
+        return njit(nogil=True, boundscheck=False)(function)
 
 
-def _sorter(bits: int, passes: int):  # type: ignore[no-untyped-def]
-    """A stable radix sort by the upper halves of items, `bits` bits a pass from below.
-
-    Made for constants, so that the compiler unrolls what goes over the passes.
-    """
-    size = 1 << bits
-    mask = np.uint64(size - 1)
-
-    @njit(nogil=True, boundscheck=False)
-    def sort(items, spare, n, tables):  # type: ignore[no-untyped-def]
-        """`items[:n]` sorted, and the other array. `tables` is scratch, int32 [passes, 2**bits]."""
-        tables[:] = 0
+@_compiled
+def _by_id(items, spare, n, bits, passes):  # type: ignore[no-untyped-def]
+    """`items[:n]` sorted by their upper halves, and the other array: a stable radix sort from below."""
+    table = np.empty(1 << bits, np.int32)
+    mask = np.uint64((1 << bits) - 1)
+    for p in range(passes):
+        shift = np.uint64(32 + p * bits)
+        table[:] = 0
         for j in range(n):
-            key = items[j] >> np.uint64(32)
-            for p in range(passes):
-                tables[p, (key >> np.uint64(p * bits)) & mask] += 1
-        for p in range(passes):
-            start = 0
-            for z in range(size):
-                here = tables[p, z]
-                tables[p, z] = start
-                start += here
-        for p in range(passes):
-            shift = np.uint64(32 + p * bits)
-            for j in range(n):
-                item = items[j]
-                z = (item >> shift) & mask
-                place = tables[p, z]
-                tables[p, z] = place + 1
-                spare[place] = item
-            items, spare = spare, items
-        return items, spare
-
-    return sort
+            table[(items[j] >> shift) & mask] += 1
+        start = 0
+        for z in range(len(table)):
+            here = table[z]
+            table[z] = start
+            start += here
+        for j in range(n):
+            item = items[j]
+            z = (item >> shift) & mask
+            spare[table[z]] = item
+            table[z] += 1
+        items, spare = spare, items
+    return items, spare
 
 
-_by_ratio = _sorter(8, 4)
-"""A ratio has 31 bits. Four small tables: a cell has as few tokens as a large table entries."""
-_by_id = _sorter(ID_BITS, 3)
-_by_small_id = _sorter(ID_BITS, 2)
-
-
-@njit(nogil=True, boundscheck=False)
+@_compiled
 def _longest(indptr):  # type: ignore[no-untyped-def]
     most = 0
     for i in range(len(indptr) - 1):
@@ -63,28 +54,58 @@ def _longest(indptr):  # type: ignore[no-untyped-def]
     return most
 
 
-@njit(nogil=True, boundscheck=False)
-def _ranked(offsets, ids, counts, rows, target, weights, assay, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
+RATIOS = 2.0**-62, 2.0**62
+"""Between these lie all products of counts and weights, so that 30 bits tell them apart."""
+_TOP = np.uint32(190 << 23)
+"""Above the bits of each of these as float32: 23 bits of fraction, and an exponent that begins at -127."""
+_DIGIT = 10
+"""Bits of a product sorted by at a time. Small tables: a cell has as few tokens as these have entries."""
+
+
+@_compiled
+def _ranked(offsets, ids, counts, rows, target, base, weights, assay, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
     most = _longest(offsets)
     one = np.empty(most, np.uint64)
     other = np.empty(most, np.uint64)
-    tables = np.empty((4, 256), np.int32)
+    tables = np.empty((3, 1 << _DIGIT), np.int32)
+    mask = np.uint64((1 << _DIGIT) - 1)
     filled = 0
     for i in range(len(rows)):
         first = offsets[rows[i]]
+        kind = assay[i]
+        own = target[base[i] :]
+        tables[:] = 0
         n = 0
         for j in range(offsets[rows[i] + 1] - first):
-            to = target[ids[first + j]]
+            to = own[ids[first + j]]
             if to >= 0:
-                ratio = np.float32(counts[first + j]) * weights[assay[i], to]
-                falling = np.uint32(0x7FFFFFFF) - np.float32(ratio).view(np.uint32)
-                one[n] = (np.uint64(falling) << np.uint64(32)) | np.uint64(j)
+                ratio = np.float32(counts[first + j]) * weights[kind, to]
+                key = np.uint64(_TOP - np.float32(ratio).view(np.uint32))
+                for p in range(3):
+                    tables[p, (key >> np.uint64(p * _DIGIT)) & mask] += 1
+                one[n] = (key << np.uint64(32)) | np.uint64(j)
                 n += 1
-        one, other = _by_ratio(one, other, n, tables)
+        for p in range(3):
+            start = 0
+            for z in range(1 << _DIGIT):
+                here = tables[p, z]
+                tables[p, z] = start
+                start += here
+        for p in range(2):
+            shift = np.uint64(32 + p * _DIGIT)
+            for j in range(n):
+                item = one[j]
+                z = (item >> shift) & mask
+                other[tables[p, z]] = item
+                tables[p, z] += 1
+            one, other = other, one
         for j in range(n):
+            z = (one[j] >> np.uint64(32 + 2 * _DIGIT)) & mask
             at = first + np.int64(one[j] & np.uint64(0xFFFFFFFF))
-            out_ids[filled + j] = target[ids[at]]
-            out_counts[filled + j] = counts[at]
+            to = filled + tables[2, z]
+            tables[2, z] += 1
+            out_ids[to] = own[ids[at]]
+            out_counts[to] = counts[at]
         filled += n
         out_offsets[i + 1] = filled
 
@@ -98,49 +119,54 @@ def ranked(
     *,
     rows: np.ndarray | None = None,
     target: np.ndarray | None = None,
+    base: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offsets, ids and counts of each cell by falling count x weight; ties keep id order.
 
-    `weights` is float32 [assays, features], positive; `assay` the row of it for each cell, int64.
-    The product is taken in float32. Positive floats sort as their bits do. Only the cells `rows`,
-    in that order, if they are given; with feature f under the id `target[f]`, -1 leaving it out:
-    targets that are not -1 must rise. Ids and counts may be of any unsigned or signed type.
+    `weights` is float32 [assays, features], between 2**-62 and 2**30; `assay` the row of it for each
+    cell, int64. The product is taken in float32. Positive floats sort as their bits do. Only the cells
+    `rows`, in that order, if they are given; with feature f under the id `target[f]`, -1 leaving it
+    out: targets that are not -1 must rise. Cells of several files have `target[base + f]`, with the
+    `base` of each, int64 [rows]. Ids and counts may be of any unsigned or signed type, no count is 0.
     """
     rows = np.arange(len(offsets) - 1) if rows is None else rows
     target = np.arange(weights.shape[1], dtype=np.int32) if target is None else target
-    assert (np.diff(target[target >= 0]) > 0).all(), "targets do not rise"
+    assert base is not None or rising(target), "targets do not rise"
+    base = np.zeros(len(rows), np.int64) if base is None else base
+    assert not weights.size or (RATIOS[0] <= weights.min() and weights.max() <= RATIOS[1] / 2**32)
     tokens = int((offsets[rows + 1] - offsets[rows]).sum())
     found = np.zeros(len(rows) + 1, np.int64)
     out_ids, out_counts = np.empty(tokens, narrow(weights.shape[1])), np.empty(tokens, counts.dtype)
-    _ranked(offsets, ids, counts, rows, target, weights, assay, found, out_ids, out_counts)
+    _ranked(offsets, ids, counts, rows, target, base, weights, assay, found, out_ids, out_counts)
     return found, out_ids[: found[-1]], out_counts[: found[-1]]
 
 
-@njit(nogil=True, boundscheck=False)
-def _projected(indptr, ids, counts, target, small, out_indptr, out_ids, out_counts):  # type: ignore[no-untyped-def]
+def rising(target: np.ndarray) -> bool:
+    """Whether the entries of `target` that are not -1 rise."""
+    return bool((np.diff(target[target >= 0]) > 0).all())
+
+
+@_compiled
+def _projected(indptr, ids, counts, target, bits, passes, out_indptr, out_ids, out_counts):  # type: ignore[no-untyped-def]
     most = _longest(indptr)
     one = np.empty(most, np.uint64)
     other = np.empty(most, np.uint64)
-    tables = np.empty((3, 1 << ID_BITS), np.int32)
     filled = 0
     for i in range(len(indptr) - 1):
         n = 0
-        rising = True
+        sorted_already = True
         last = np.int64(-1)
         for j in range(indptr[i], indptr[i + 1]):
             to = np.int64(target[ids[j]])
             if to < 0 or counts[j] == 0:
                 continue
             if to <= last:
-                rising = False
+                sorted_already = False
             last = to
             one[n] = (np.uint64(to) << np.uint64(32)) | np.uint64(counts[j])
             n += 1
-        if not rising:
-            if small:
-                one, other = _by_small_id(one, other, n, tables)
-            else:
-                one, other = _by_id(one, other, n, tables)
+        if not sorted_already:
+            one, other = _by_id(one, other, n, bits, passes)
         before = filled
         for j in range(n):
             to = np.int64(one[j] >> np.uint64(32))
@@ -164,16 +190,95 @@ def projected(
 
     Without zeros, ids rising within a cell. ValueError for a sum that is no uint32.
     """
-    small = int(target.max(initial=0)) < 1 << 2 * ID_BITS
+    digits = max(1, int(target.max(initial=0)).bit_length())
+    passes = -(-digits // 11)
     out_indptr = np.zeros(len(indptr), np.int64)
     out_ids, out_counts = np.empty(len(ids), np.int32), np.empty(len(ids), np.uint32)
-    filled = _projected(indptr, ids, counts, target, small, out_indptr, out_ids, out_counts)
+    bits = -(-digits // passes)
+    filled = _projected(indptr, ids, counts, target, bits, passes, out_indptr, out_ids, out_counts)
     if filled < 0:
         raise ValueError("columns of one feature add up to more than 4,294,967,295 in a cell: no counts")
     return out_indptr, out_ids[:filled], out_counts[:filled]
 
 
-@njit(nogil=True, boundscheck=False)
+@_compiled
+def _measured(indptr, ids, counts, order, target, hashes, mito, offsets, out_ids, out_counts, cells):  # type: ignore[no-untyped-def]
+    depth, features, mitochondrial, digest = cells
+    filled = 0
+    for k in range(len(order)):
+        i = order[k]
+        first = filled
+        for j in range(indptr[i], indptr[i + 1]):
+            to = target[ids[j]]
+            if to >= 0:
+                out_ids[filled] = to
+                out_counts[filled] = counts[j]
+                filled += 1
+        total = np.int64(0)
+        among = np.int64(0)
+        mixed = np.uint64(0)
+        for j in range(first, filled):
+            count = np.int64(out_counts[j])
+            total += count
+            among += count * mito[out_ids[j]]
+            word = hashes[out_ids[j]] + np.uint64(count) * np.uint64(0x9E3779B97F4A7C15)
+            word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed += word ^ (word >> np.uint64(31))
+        if filled - first < TELLING:
+            # A single count is a nat, larger ones are more: only cells of few features need to be summed.
+            told = 0
+            for j in range(first, filled):
+                count = np.int64(out_counts[j])
+                told += SURPRISE[count] if count < len(SURPRISE) else SURPRISE[-1]
+            if told < TELLING * STEPS:
+                mixed = np.uint64(0)
+        depth[i] = total
+        features[i] = filled - first
+        mitochondrial[i] = among
+        digest[i] = mixed
+        offsets[k + 1] = filled
+
+
+def measured(
+    indptr: np.ndarray,
+    ids: np.ndarray,
+    counts: np.ndarray,
+    target: np.ndarray,
+    order: np.ndarray,
+    hashes: np.ndarray,
+    mito: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Metrics]:
+    """Offsets, ids and counts with the cells in `order`, in narrow types, and metrics in the order given.
+
+    Feature f becomes `target[f]`; -1 leaves it out, equal targets are summed. `hashes` (`name_hashes`)
+    and `mito` say of each feature that it may become what its name hashes to, uint64, and whether it is
+    mitochondrial, bool. Counts without zeros, ids rising within a cell.
+
+    The digest of a cell is the sum of a mixed hash of every (feature, count): the order of the columns
+    plays no part, so a cell has the same digest in two files. It is 0 for a cell that says too little
+    for equality to mean anything: the chance that another cell of the same composition has the same
+    counts is taken to be that of independent Poisson counts with the cell's own as their means, and
+    has to be below exp(-TELLING).
+    Source: Steele 2014, splitmix64 (the finaliser), doi:10.1145/2660193.2660195.
+    """
+    if not rising(target):
+        indptr, ids, counts = projected(indptr, ids, counts, target)
+        target = np.arange(len(hashes), dtype=np.int32)
+    most = int(counts.max(initial=0))
+    width = np.uint8 if most < 1 << 8 else np.uint16 if most < 1 << 16 else np.uint32
+    size = len(indptr) - 1
+    offsets = np.zeros(len(order) + 1, np.int64)
+    out_ids, out_counts = np.empty(len(ids), narrow(len(hashes))), np.empty(len(ids), width)
+    depth, among, digest = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.uint64)
+    cells = depth, np.zeros(size, np.int32), among, digest
+    share = mito.astype(np.uint8)
+    _measured(indptr, ids, counts, order, target, hashes, share, offsets, out_ids, out_counts, cells)
+    metrics = Metrics(counts=depth, features=cells[1], mito=among, digest=digest)
+    return offsets, out_ids[: offsets[-1]], out_counts[: offsets[-1]], metrics
+
+
+@_compiled
 def tally(indptr, ids, counts, group, sums, nonzero):  # type: ignore[no-untyped-def]
     """Add the cells to `sums` and `nonzero`, int64 [groups, features]; cells of group -1 are left out."""
     for i in range(len(indptr) - 1):
@@ -184,7 +289,7 @@ def tally(indptr, ids, counts, group, sums, nonzero):  # type: ignore[no-untyped
             nonzero[group[i], ids[j]] += 1
 
 
-@njit(nogil=True, boundscheck=False)
+@_compiled
 def sums(offsets, values):  # type: ignore[no-untyped-def]
     """Sum of each ragged row of `values`, int64 [rows]."""
     found = np.empty(len(offsets) - 1, np.int64)
@@ -196,11 +301,13 @@ def sums(offsets, values):  # type: ignore[no-untyped-def]
     return found
 
 
-@njit(nogil=True, boundscheck=False)
-def placed(offsets, values, starts, out):  # type: ignore[no-untyped-def]
-    """Copy ragged row i of `values` to `out`, from `starts[i]` on."""
-    for i in range(len(starts)):
-        to = starts[i]
-        for j in range(offsets[i], offsets[i + 1]):
-            out[to] = values[j]
-            to += 1
+@_compiled
+def known(offsets, ids, rows, target, base):  # type: ignore[no-untyped-def]
+    """Which of the ragged `rows` have a feature f with a `target[base + f]` that is not -1, bool [rows]."""
+    found = np.zeros(len(rows), np.bool_)
+    for i in range(len(rows)):
+        for j in range(offsets[rows[i]], offsets[rows[i] + 1]):
+            if target[base[i] + ids[j]] >= 0:
+                found[i] = True
+                break
+    return found

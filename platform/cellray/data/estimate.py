@@ -57,7 +57,7 @@ def estimate(plan: Plan) -> Estimate:
         tokens=tokens,
         cpu_seconds=stored * sum(t.seconds for t in tried) / seen,
         store_bytes=packed,
-        scratch_bytes=3 * packed,
+        scratch_bytes=2 * packed,
         task_bytes=START + COPIES * 8 * most,
         tried=sum(t.rows for t in tried),
     )

@@ -1,4 +1,4 @@
-"""From an atlas to a committed token store, with Ray Data: read, judge, count, tokenize, shuffle, commit.
+"""From an atlas to a committed token store, with Ray Data: read, judge, count, rank, commit.
 
 Everything that takes time is cut into units, each of which leaves files in STORE/.parts-….
 A run that is killed and started again does the units that are missing. The store comes to be
@@ -18,25 +18,28 @@ import numpy as np
 import ray
 
 from cellray.data import report, storage, units
+from cellray.data.assembly import Making, assemble
 from cellray.data.editions import Edition, before, newest
 from cellray.data.faults import retried
 from cellray.data.features import Tally, targets
-from cellray.data.group import Part
+from cellray.data.group import Group, Part
 from cellray.data.plan import Plan, fingerprint, inputs_of, survey
 from cellray.data.qc import KEPT, name_hashes
 from cellray.data.report import Counted
 from cellray.data.shards import BATCH
-from cellray.data.shuffle import order
+from cellray.data.shuffle import Homes, Order, hashed, order
 from cellray.data.store import VERSION as STORE_VERSION
 from cellray.data.store import edition_path
 from cellray.data.tokens import Tokenizer
-from cellray.data.units import Origin, Placed, Rows, Some
+from cellray.data.units import UNKNOWN, Origin, Rows, Some
 from cellray.data.verdicts import decide
 from cellray.data.work import Call, bound, execute
 from cellray.train.recipe import Recipe
 
 TOKEN_BYTES = 2.0
 """About what a token takes in a shard, compressed; decides how many shards there are."""
+PARTS = 2
+"""Version of what the units leave: those of another cellray are not taken up."""
 TOGETHER = 16
 """Units whose features are counted by one task, so that statistics of many features are few files."""
 
@@ -49,7 +52,7 @@ def ingest(recipe: Recipe, store_url: str, on_event: Event | None = None) -> dic
     Needs a Ray that is connected. Takes up where an earlier run stopped; returns at once where
     all of it is there; adds data sets that a store lacks as its next edition. Data sets that cannot
     be read are left out and listed under `failed`, with the reason. `on_event(step, done, total)`
-    hears of the steps "read", "count", "tokens" (rows of files) and "shards". ValueError for
+    hears of the steps "read", "count" (rows of files) and "shards". ValueError for
     settings that cannot be meant, for an atlas of which nothing can be read, and for a store that
     was made from something else.
     """
@@ -94,6 +97,7 @@ class _Run:
         self.recipe, self.plan, self.on_event, self.held = recipe, plan, on_event, held
         self.store = storage.absolute(store)
         self.parts = _parts(recipe, store, plan.inputs, held)
+        self.hashes = {group.name: hashed(group) for group in plan.groups}
 
     def count(self) -> Counted:
         """Pass 1: every file is read, once; cells are judged; features of those that stay are counted."""
@@ -101,10 +105,11 @@ class _Run:
         origins = [_origin(part) for _, part in parts]
         rows: list[list[Rows]] = []
         number = 0
-        for at, (_, part) in enumerate(parts):
+        for at, (group, part) in enumerate(parts):
             rows.append([])
             for start, stop in part.units:
-                rows[at].append(Rows(number=number, origin=at, start=start, stop=stop))
+                own = self._sorted(group, part, start, stop)
+                rows[at].append(Rows(number=number, origin=at, start=start, stop=stop, order=own))
                 number += 1
         every = [own for part in rows for own in part]
         shared = ray.put(origins)
@@ -150,6 +155,8 @@ class _Run:
             assays = group.about["assay"][part.cells]
             codes = np.where(stay, assays.codes, np.int8(-1))
             cuts, numbers = part.units, counted.numbers[at]
+            for start, stop in cuts:
+                codes[start:stop] = codes[start:stop][self._sorted(group, part, start, stop)]
             for first in range(0, len(cuts), TOGETHER):
                 mine = cuts[first : first + TOGETHER]
                 some.append(
@@ -177,7 +184,7 @@ class _Run:
         return found
 
     def write(self, counted: Counted, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Pass 2: tokens of every file by shard, then the shards; what each of them holds."""
+        """Pass 2: the shards; what each of them holds."""
         verdicts = counted.verdicts
         assert verdicts is not None
         tokens = sum(
@@ -185,57 +192,57 @@ class _Run:
             for metrics, reason in zip(counted.metrics, verdicts.rows, strict=True)
         )
         shards = max(1, round(tokens * TOKEN_BYTES / self.recipe.ingest.shard_bytes))
-        found = order(counted.groups, verdicts, shards)
+        found = order(counted.groups, verdicts, shards, self.hashes)
         folder = self._folder([tokenizer.hash, [g.name for g in counted.groups], found.bounds.tolist()])
-        units.write_cells(found.shards(), folder)
-        places = found.places()
-        placed, sources = [], []
-        for at, (group, part) in enumerate(counted.owned()):
-            stay = verdicts.rows[at] == KEPT
-            spots = np.where(stay, places[group.name][part.cells], units.UNKNOWN)
-            for number, (start, stop) in zip(counted.numbers[at], part.units, strict=True):
-                placed.append(
-                    Placed(
-                        number=number,
-                        origin=at,
-                        modality=part.file.modality,
-                        assays=group.about["assay"][part.cells[start:stop]],
-                        places=spots[start:stop],
-                    )
-                )
-                sources.append((number, part.file.modality))
-        onto = ray.put(
-            [targets(p.features.names, tokenizer.vocabularies[p.file.modality]) for p in counted.parts]
+        homes, room, origins = self._homes(counted, found, list(tokenizer.vocabularies))
+        units.write_cells(found.shards(homes), folder)
+        making = Making(
+            origins=origins,
+            onto=[targets(p.features.names, tokenizer.vocabularies[p.file.modality]) for p in counted.parts],
+            tokenizer=tokenizer,
+            widths=counted.widths(),
+            store=self.store,
+            read_in=self.parts,
         )
-        words, edges = ray.put(tokenizer), ray.put(found.bounds)
-        widths = counted.widths()
-        errors = self._do(
-            "tokens",
-            placed,
-            units.piece_path,
-            folder,
-            lambda own: bound(
-                units.tokenize,
-                own,
-                (onto, own.origin),
-                words,
-                edges,
-                widths[own.modality],
-                self.parts,
-                folder,
-            ),
-        )
-        _expect_none(errors)
-        pieces = ray.put(sources)
+        shared = ray.put(making)
         errors = self._do(
             "shards",
             [_Shard(number) for number in range(shards)],
             units.shard_path,
             folder,
-            lambda own: bound(units.assemble, own.number, edges, pieces, words, self.store, folder),
+            lambda own: bound(assemble, own.number, _of(room, own.number), shared, folder),
         )
         _expect_none(errors)
         return [json.loads(storage.read_bytes(units.shard_path(folder, s))) for s in range(shards)]
+
+    def _homes(
+        self, counted: Counted, found: Order, modalities: Sequence[str]
+    ) -> tuple[Homes, dict[str, np.ndarray], np.ndarray]:
+        """Where the cells were read to, tokens of each shard at the most, and the part of each unit."""
+        verdicts = counted.verdicts
+        assert verdicts is not None
+        size, shards = int(found.starts[-1]), len(found.bounds) - 1
+        homes = {name: (np.full(size, UNKNOWN, np.int32), np.zeros(size, np.int32)) for name in modalities}
+        room = {name: np.zeros(shards, np.int64) for name in modalities}
+        origins = np.zeros(1 + max(max(numbers) for numbers in counted.numbers), np.int32)
+        starts = {group.name: start for group, start in zip(found.groups, found.starts[:-1], strict=True)}
+        for at, (group, part) in enumerate(counted.owned()):
+            name = part.file.modality
+            shard = found.shard_of(self.hashes[group.name][part.cells])
+            room[name] += np.bincount(shard, counted.metrics[at].features, shards).astype(np.int64)
+            stay = verdicts.rows[at] == KEPT
+            for number, (start, stop) in zip(counted.numbers[at], part.units, strict=True):
+                own = self._sorted(group, part, start, stop)
+                left = np.flatnonzero(stay[start:stop][own])
+                cells = starts[group.name] + part.cells[start:stop][own[left]].astype(np.int64)
+                homes[name][0][cells], homes[name][1][cells] = number, left
+                origins[number] = at
+        return homes, room, origins
+
+    def _sorted(self, group: Group, part: Part, start: int, stop: int) -> np.ndarray:
+        """Rows start … stop - 1 of `part`, counted from `start`, in the order of the store."""
+        cells = part.cells[start:stop]
+        return np.lexsort((cells, self.hashes[group.name][cells])).astype(np.int32)
 
     def commit(self, counted: Counted, tokenizer: Tokenizer, shards: list[dict[str, Any]]) -> dict[str, Any]:
         """The report, after vocabulary and manifest are written and the parts are gone."""
@@ -314,6 +321,10 @@ class _Shard:
         return 1
 
 
+def _of(room: dict[str, np.ndarray], shard: int) -> dict[str, int]:
+    return {name: int(tokens[shard]) for name, tokens in room.items()}
+
+
 def _origin(part: Part) -> Origin:
     features = part.features
     return Origin(
@@ -333,7 +344,7 @@ def _expect_none(errors: dict[int, str]) -> None:
 
 def _parts(recipe: Recipe, store: str, inputs: dict[str, Any], held: Edition | None) -> str:
     """Where the parts are of the ingest of `inputs` into a store that has the edition `held`."""
-    key = f"{fingerprint(inputs)} {recipe.ingest.unit_cells} {held.sha256 if held else ''}"
+    key = f"{PARTS} {fingerprint(inputs)} {recipe.ingest.unit_cells} {held.sha256 if held else ''}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return storage.join(storage.absolute(store), f".parts-{name}")
 

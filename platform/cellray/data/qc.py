@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse as sp
 
 REASONS = (
     "kept",
@@ -38,8 +37,6 @@ REASONS = (
     DUPLICATE,
 ) = range(len(REASONS))
 
-CHUNK = 1 << 16
-"""Counts hashed at a time: what that takes stays in the cache of a core."""
 TELLING = 40.0
 """Surprise in nats that a cell's counts must hold to be looked for elsewhere. Ten million cells make
 exp(32) pairs: the chance that any two of them are alike by chance is then below one in a thousand."""
@@ -94,7 +91,7 @@ class Metrics:
     mito: np.ndarray
     """Counts in mitochondrial genes, int64; zeros for what is no RNA."""
     digest: np.ndarray
-    """Hash of the cell's counts, uint64; see `digests`."""
+    """Hash of the cell's counts, uint64; see `compiled.measured`."""
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -120,56 +117,10 @@ class Verdict:
     """Lower edges of the histograms' bins, by metric."""
 
 
-def measure(counts: sp.csr_matrix, hashes: np.ndarray, mitochondrial: np.ndarray) -> Metrics:
-    """Metrics of the rows of `counts` [cells, features], canonical and without zeros.
-
-    `hashes` is `name_hashes` of the features, `mitochondrial` says which of them are, bool [features].
-    """
-    none = np.zeros(counts.shape[0], np.int64)
-    return Metrics(
-        counts=np.asarray(counts @ np.ones(counts.shape[1], np.int64)),
-        features=np.diff(counts.indptr).astype(np.int32),
-        mito=np.asarray(counts @ mitochondrial.astype(np.int64)) if mitochondrial.any() else none,
-        digest=digests(counts.indptr, counts.indices, counts.data, hashes),
-    )
-
-
 def name_hashes(names: Iterable[str]) -> np.ndarray:
     """A hash of each name, uint64 [names], the same in every file and on every machine."""
     joined = b"".join(hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names)
     return np.frombuffer(joined, "<u8").astype(np.uint64)
-
-
-def digests(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """A hash of the features and counts of each row of a sparse matrix, uint64 [rows].
-
-    The sum of a mixed hash of every (feature, count): the order of the columns plays no part, so a
-    cell has the same digest in two files. Each feature once a row, no zeros. It is 0 for a row that
-    says too little for equality to mean anything: the chance that another cell of the same
-    composition has the same counts is taken to be that of independent Poisson counts with the
-    row's own as their means, and has to be below exp(-TELLING).
-    Source: Steele 2014, splitmix64 (the finaliser), doi:10.1145/2660193.2660195.
-    """
-    indptr = np.asarray(indptr, np.int64)
-    running = np.zeros(len(indptr), np.uint64)
-    before = np.zeros(1, np.uint64)
-    for start in range(0, len(data), CHUNK):
-        stop = min(start + CHUNK, len(data))
-        sums = np.concatenate([before, _mixed(hashes[indices[start:stop]], data[start:stop])])
-        np.cumsum(sums, out=sums)  # wraps round, and so does the difference below
-        first, last = np.searchsorted(indptr, [start, stop], side="right")
-        running[first:last] = sums[indptr[first:last] - start]
-        before = sums[-1:]
-    found = running[1:] - running[:-1]
-    # A single count is a nat, larger ones are more: only rows of few features need to be summed.
-    short = np.flatnonzero(np.diff(indptr) < TELLING)
-    lengths = np.diff(indptr)[short]
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.arange(bounds[-1]) + np.repeat(indptr[short] - bounds[:-1], lengths)
-    surprise = np.cumsum(_SURPRISE[np.minimum(data[places].astype(np.int64), len(_SURPRISE) - 1)])
-    told = np.diff(np.concatenate([[0], surprise])[bounds])
-    found[short[told < TELLING * STEPS]] = 0
-    return found
 
 
 def _surprise() -> np.ndarray:
@@ -179,18 +130,7 @@ def _surprise() -> np.ndarray:
     return np.concatenate([[0], np.round(nats * STEPS)]).astype(np.int64)
 
 
-_SURPRISE = _surprise()
-
-
-def _mixed(hashes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A well-mixed uint64 of each feature hash and its count; changes `hashes`."""
-    hashes += counts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    hashes ^= hashes >> np.uint64(30)
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)
-    hashes ^= hashes >> np.uint64(27)
-    hashes *= np.uint64(0x94D049BB133111EB)
-    hashes ^= hashes >> np.uint64(31)
-    return hashes
+SURPRISE = _surprise()
 
 
 def duplicates(

@@ -16,7 +16,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -69,7 +69,7 @@ def schema(
 def cell_table(
     tokenizer: Tokenizer,
     cell_ids: Sequence[str],
-    about: Mapping[str, Sequence[str]],
+    about: Mapping[str, Sequence[str] | pa.DictionaryArray],
     present: np.ndarray,
     counts: Mapping[str, Counts],
     *,
@@ -90,7 +90,7 @@ def cell_table(
         "present": pa.array(present.astype(np.uint32)),
         "digest": pa.array(np.zeros(len(present), np.uint64) if digests is None else digests, pa.uint64()),
     }
-    columns |= {name: pa.array(about[name], pa.string()).dictionary_encode() for name in ABOUT}
+    columns |= {name: coded(about[name]) for name in ABOUT}
     for name in sizes:
         c = counts[name]
         offsets = pa.array(c.offsets.astype(np.int32))
@@ -102,13 +102,26 @@ def cell_table(
     return pa.Table.from_arrays([columns[field.name] for field in form], schema=form)
 
 
+def coded(values: Sequence[str] | pa.Array) -> pa.DictionaryArray:
+    """`values` as a column of ABOUT, those that are coded already as they are."""
+    if isinstance(values, pa.DictionaryArray):
+        return values
+    return pa.array(values, pa.string()).dictionary_encode()
+
+
 def encode_shard(table: pa.Table) -> bytes:
     """`table` as an Arrow IPC file: zstd, record batches of BATCH rows. The same rows give the same bytes."""
     table = table.combine_chunks().unify_dictionaries()
+    return pack(table.to_batches(max_chunksize=BATCH), table.schema)
+
+
+def pack(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> bytes:
+    """The file of these record batches, BATCH rows each but the last; coded strings have one dictionary."""
     sink = io.BytesIO()
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3))
-    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
-        writer.write_table(table, max_chunksize=BATCH)
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     return sink.getvalue()
 
 
@@ -153,8 +166,6 @@ def index_of(data: bytes) -> dict[str, Any]:
     modalities = [name.removesuffix(".ids") for name in form.names if name.endswith(".ids")]
     found: dict[str, list[Any]] = {name: [] for name in LISTS}
     tokens: dict[str, list[int]] = {name: [] for name in modalities}
-    # The schema that reads the front alone: the first fields of a message can be read without the rest.
-    short = _front_schema(form, modalities)
     # Buffers: four of a list (validity, offsets, and both of its items), two of a number.
     present = 8 * len(modalities)
     after = present + 2 * (1 + len(modalities))
@@ -166,10 +177,10 @@ def index_of(data: bytes) -> dict[str, Any]:
         head = min(head, offset - START)
         whole = memoryview(data)[offset : source.tell()]
         meta = 8 + len(message.metadata)
-        front, back = (meta + _buffer_offset(memoryview(message.metadata), n) for n in (after, present))
-        batch = pa.ipc.read_record_batch(message, short)
+        about = memoryview(message.metadata)
+        front, back = (meta + _described(about, BUFFERS, n) for n in (after, present))
         facts = {
-            "rows": batch.num_rows,
+            "rows": _described(about, NODES, 0),
             "offset": offset,
             "bytes": len(whole),
             "meta": meta,
@@ -180,8 +191,9 @@ def index_of(data: bytes) -> dict[str, Any]:
         }
         for name, value in facts.items():
             found[name].append(value)
-        for name in modalities:
-            tokens[name].append(len(batch[f"{name}.ids"].flatten()))
+        for number, name in enumerate(modalities):
+            # Two nodes of a list: its rows, and its items.
+            tokens[name].append(_described(about, NODES, 4 * number + 1))
     sums = {"head": head, "head_sum": checksum(memoryview(data)[START : START + head])}
     widths = {name: str(form.field(f"{name}.counts").type.value_type) for name in modalities}
     return found | sums | {"tokens": tokens, "widths": widths}
@@ -198,8 +210,12 @@ def _front_schema(form: pa.Schema, modalities: Sequence[str]) -> pa.Schema:
     return pa.schema([form.field(i) for i in range(3 * len(modalities) + 1)])
 
 
-def _buffer_offset(meta: memoryview, number: int) -> int:
-    """Where buffer `number` of a record batch begins in its body, from the flatbuffer that describes it."""
+NODES, BUFFERS = 1, 2
+"""Fields of the flatbuffer that describes a record batch: lengths of arrays, and where buffers are."""
+
+
+def _described(meta: memoryview, kind: int, number: int) -> int:
+    """The length of array `number` of a record batch, or where buffer `number` begins in its body."""
 
     def field(table: int, slot: int) -> int:
         entries = table - struct.unpack_from("<i", meta, table)[0]
@@ -209,8 +225,8 @@ def _buffer_offset(meta: memoryview, number: int) -> int:
         return at + int(struct.unpack_from("<I", meta, at)[0])
 
     batch = follow(field(follow(0), 2))
-    buffers = follow(field(batch, 2))
-    return int(struct.unpack_from("<q", meta, buffers + 4 + 16 * number)[0])
+    # Both are lists of pairs of 64-bit numbers.
+    return int(struct.unpack_from("<q", meta, follow(field(batch, kind)) + 4 + 16 * number)[0])
 
 
 def checksum(data: bytes | memoryview) -> str:

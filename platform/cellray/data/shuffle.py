@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,13 @@ from cellray.data.qc import KEPT
 from cellray.data.shards import ABOUT
 from cellray.data.texts import Texts, common
 from cellray.data.tokens import narrow
-from cellray.data.units import UNKNOWN
 from cellray.data.verdicts import Verdicts
 
 CHUNK = 1 << 16
 """Cells whose ids are Python strings at a time."""
-AFTER = 32
-"""Cells behind a shard that are made with it. Arrow pads the ids of a part of an array to 64 bytes with what
-follows there, and the padding stays in the shard: a store's bytes are those of all ids in one array."""
+
+Homes = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Modality -> by number of the cell, the unit that read it and its row there, int32; UNKNOWN without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +37,14 @@ class Order:
     bounds: np.ndarray
     """First place of each shard, and the end, int64 [shards + 1]."""
 
-    def places(self) -> dict[str, np.ndarray]:
-        """Data set -> the place of each of its cells, of the type of `cells`; UNKNOWN for those that go."""
-        found = np.full(self.starts[-1], UNKNOWN, self.cells.dtype)
-        found[self.cells] = np.arange(len(self.cells), dtype=self.cells.dtype)
-        own = np.split(found, self.starts[1:-1])
-        return {group.name: places for group, places in zip(self.groups, own, strict=True)}
+    def shard_of(self, hashes: np.ndarray) -> np.ndarray:
+        """The shard in which cells of these `hashes` are, if they stay, int64."""
+        return np.searchsorted(_firsts(len(self.bounds) - 1), hashes, side="right") - 1
 
-    def shards(self) -> pa.RecordBatchReader:
-        """`cell_id`, ABOUT and `digest` of the cells, a record batch a shard, each made when it is read.
+    def shards(self, homes: Homes) -> Iterator[pa.RecordBatch]:
+        """A record batch a shard: `cell_id`, ABOUT and `digest` of its cells, and where they were read to.
 
-        Coded strings have the same dictionary in all of them, as an Arrow file wants it.
+        For that each modality has `<modality>.unit` and `<modality>.row`, of `homes`.
         """
         datasets = [Texts.full(len(group.cells), group.name) for group in self.groups]
         about = [group.about | {"dataset": own} for group, own in zip(self.groups, datasets, strict=True)]
@@ -57,6 +53,11 @@ class Order:
         kinds = [pa.dictionary(pa.from_numpy_dtype(narrow(len(words[name]))), pa.string()) for name in ABOUT]
         types = [pa.string(), *kinds, pa.uint64()]
         schema = pa.schema(zip(["cell_id", *ABOUT, "digest"], types, strict=True))
+        read = {
+            f"{name}.{kind}": own
+            for name, home in homes.items()
+            for kind, own in zip(("unit", "row"), home, strict=True)
+        }
 
         def piece(number: int, rows: np.ndarray) -> pa.RecordBatch:
             """Cells `rows` of one data set."""
@@ -72,41 +73,46 @@ class Order:
 
         def shard(first: int, stop: int) -> pa.RecordBatch:
             """The cells at places first … stop - 1."""
-            cells = self.cells[first : stop + AFTER]
+            cells = self.cells[first:stop]
             sort = np.argsort(cells)
             rows = np.split(cells[sort], np.searchsorted(cells[sort], self.starts[1:-1]))
             pieces = [piece(i, own - self.starts[i]) for i, own in enumerate(rows) if len(own) or not i]
-            return pa.concat_batches(pieces).take(pa.array(np.argsort(sort))).slice(0, stop - first)
+            about = pa.concat_batches(pieces).take(pa.array(np.argsort(sort)))
+            where = [pa.array(own[cells]) for own in read.values()]
+            return pa.RecordBatch.from_arrays([*about.columns, *where], [*schema.names, *read])
 
-        shards = itertools.starmap(shard, itertools.pairwise(self.bounds.tolist()))
-        return pa.RecordBatchReader.from_batches(schema, shards)
+        return itertools.starmap(shard, itertools.pairwise(self.bounds.tolist()))
 
 
-def order(groups: Sequence[Group], verdicts: Verdicts, shards: int) -> Order:
-    """The order of the cells that stay: a cell's shard is hash mod shards, its place in it by hash.
+def order(
+    groups: Sequence[Group], verdicts: Verdicts, shards: int, hashes: Mapping[str, np.ndarray]
+) -> Order:
+    """The order of the cells that stay: by their `hashes`, and each shard an equal part of all there can be.
 
+    So the cells of any unit that are in one shard are neighbours once they are sorted by hash.
     Takes about 30 bytes a cell while it runs, and keeps 4.
     """
     starts = np.cumsum([0, *(len(group.cells) for group in groups)])
-    size = sum(int(np.count_nonzero(verdicts.cells[group.name] == KEPT)) for group in groups)
-    cells = np.empty(size, np.int32 if starts[-1] < 1 << 31 else np.int64)
-    hashes = np.empty(size, np.uint64)
-    done = 0
-    for group, start in zip(groups, starts[:-1], strict=True):
-        own = np.flatnonzero(verdicts.cells[group.name] == KEPT)
-        cells[done : done + len(own)] = start + own
-        for first in range(0, len(own), CHUNK):
-            names = group.cells.take(pa.array(own[first : first + CHUNK])).to_pylist()
-            hashes[done : done + len(names)] = _hashes(f"{group.name}:{name}" for name in names)
-            done += len(names)
-    shard = (hashes % np.uint64(shards)).astype(narrow(shards))
-    ranked = np.lexsort((hashes, shard))
-    firsts = np.searchsorted(shard[ranked], np.arange(shards, dtype=shard.dtype))
-    bounds = np.append(firsts, size)
+    stay = [np.flatnonzero(verdicts.cells[group.name] == KEPT) for group in groups]
+    kind = np.int32 if starts[-1] < 1 << 31 else np.int64
+    cells = np.concatenate([(own + at).astype(kind) for own, at in zip(stay, starts[:-1], strict=True)])
+    own = np.concatenate([hashes[group.name][rows] for group, rows in zip(groups, stay, strict=True)])
+    ranked = np.argsort(own, kind="stable")
+    bounds = np.append(np.searchsorted(own[ranked], _firsts(shards)), len(own))
     return Order(groups=groups, digests=verdicts.digests, starts=starts, cells=cells[ranked], bounds=bounds)
 
 
-def _hashes(ids: Iterable[str]) -> np.ndarray:
-    """A hash of each id, uint64 [ids], the same everywhere."""
-    joined = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
-    return np.frombuffer(joined, "<u8")
+def _firsts(shards: int) -> np.ndarray:
+    """The lowest hash of each shard, uint64 [shards]."""
+    return np.array([-(-(number << 64) // shards) for number in range(shards)], np.uint64)
+
+
+def hashed(group: Group) -> np.ndarray:
+    """A hash of the id of each cell, uint64 [cells], the same everywhere."""
+    found = [np.empty(0, np.uint64)]
+    for first in range(0, len(group.cells), CHUNK):
+        names = group.cells.slice(first, CHUNK).to_pylist()
+        ids = (f"{group.name}:{name}".encode() for name in names)
+        joined = b"".join(hashlib.blake2b(i, digest_size=8).digest() for i in ids)
+        found.append(np.frombuffer(joined, "<u8"))
+    return np.concatenate(found)
