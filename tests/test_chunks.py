@@ -46,9 +46,29 @@ def test_a_part_is_what_hdf5_itself_reads(file, monkeypatch, module, size, ends,
     maxshape = (None,) if way else (size,)
     array = file.create_dataset("x", data=values, maxshape=maxshape, **way)
     first, last = sorted(min(end, size) for end in ends)
-    found = chunks.part(array, first, last)
-    assert found.dtype == array.dtype
-    np.testing.assert_array_equal(found, array[first:last])
+    numbers = chunks.Numbers(array)
+    for begin, end in ((first, last), (last, size), (first, last)):
+        found = numbers.part(begin, end)
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array[begin:end])
+
+
+def test_a_list_read_in_ranges_one_after_another_is_unpacked_once(file, monkeypatch):
+    file.pop("x", None)
+    values = np.arange(1000, dtype="i4")
+    array = file.create_dataset("x", data=values, chunks=(64,), compression="gzip")
+    unpacked = []
+    real = chunks._unpacked
+
+    def counted(*given):
+        unpacked.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(chunks, "_unpacked", counted)
+    numbers = chunks.Numbers(array)
+    found = [numbers.part(at, min(at + 37, 1000)) for at in range(0, 1000, 37)]
+    np.testing.assert_array_equal(np.concatenate(found), values)
+    assert len(unpacked) == 16
 
 
 @pytest.mark.parametrize("module", ["zlib", "isal.isal_zlib"])
@@ -59,15 +79,15 @@ def test_a_chunk_is_held_against_its_checksum_and_size(file, monkeypatch, module
     values = np.arange(50, dtype="i4")
     array = file.create_dataset("x", data=values, chunks=(50,), compression="gzip")
     sound = zlib.compress(values.tobytes())
-    assert chunks.part(array, 0, 50).tolist() == values.tolist()
+    assert chunks.Numbers(array).part(0, 50).tolist() == values.tolist()
     wrong = [sound[:-1] + bytes([sound[-1] ^ 1]), sound[:-5], sound + b"more"]
     wrong += [zlib.compress(values[:-1].tobytes()), zlib.compress(bytes(10**7)), zlib.compress(b"")]
     for packed in wrong:
         array.id.write_direct_chunk((0,), packed)
         with pytest.raises((ValueError, OSError)):
-            chunks.part(array, 0, 50)
+            chunks.Numbers(array).part(0, 50)
     array.id.write_direct_chunk((0,), sound)
-    assert chunks.part(array, 3, 5).tolist() == [3, 4]
+    assert chunks.Numbers(array).part(3, 5).tolist() == [3, 4]
 
 
 def test_a_chunk_that_was_stored_without_its_filter_is_read_as_such(tmp_path):
@@ -76,4 +96,4 @@ def test_a_chunk_that_was_stored_without_its_filter_is_read_as_such(tmp_path):
         array = file.create_dataset("x", (50,), "i4", chunks=(50,), compression="gzip")
         array.id.write_direct_chunk((0,), values.tobytes(), filter_mask=1)
     with h5py.File(tmp_path / "a.h5") as file:
-        assert chunks.part(file["x"], 3, 5).tolist() == [3, 4]
+        assert chunks.Numbers(file["x"]).part(3, 5).tolist() == [3, 4]

@@ -114,19 +114,26 @@ def test_rows_of_several_files_are_ranked_each_with_its_own_features():
 
 @pytest.mark.parametrize("sorted_already", [True, False])
 @pytest.mark.parametrize("most", [3, 300, 70_000])
-def test_measured_cells_are_those_projected_in_the_order_asked_for(sorted_already, most):
+def test_measured_cells_are_those_projected(sorted_already, most):
     rng = np.random.default_rng(most)
     indptr, ids, counts = csr(20, 12, mean=1.2)
     counts[5] = most
     target = np.arange(12) * 2 if sorted_already else rng.integers(-1, 24, 12)
     target[3] = -1
-    order = rng.permutation(20)
     mito, hashes = np.arange(24) < 9, rng.integers(1, 1 << 60, 24, dtype=np.uint64)
-    asked = target.astype(np.int32), order.astype(np.int32), hashes, mito
+    asked = target.astype(np.int32), hashes, mito
     offsets, features, found, cells = compiled.measured(indptr, ids, counts, *asked)
     moved = dense(*compiled.projected(indptr, ids, counts, asked[0]), 24)
-    np.testing.assert_array_equal(dense(offsets, features, found, 24), moved[order])
+    np.testing.assert_array_equal(dense(offsets, features, found, 24), moved)
     assert found.dtype == {3: np.uint8, 300: np.uint16, 70_000: np.uint32}[most]
     np.testing.assert_array_equal(cells.counts, moved.sum(1))
     np.testing.assert_array_equal(cells.features, (moved > 0).sum(1))
     np.testing.assert_array_equal(cells.mito, moved[:, :9].sum(1))
+
+
+def test_rows_taken_are_those_of_a_matrix_in_the_order_asked_for():
+    indptr, ids, counts = csr(20, 12, mean=1.2)
+    rows = np.random.default_rng(0).permutation(20)[:13].astype(np.int32)
+    found = compiled.taken(indptr, ids.astype(np.uint16), counts.astype(np.uint8), rows)
+    assert (found[1].dtype, found[2].dtype) == (np.uint16, np.uint8)
+    np.testing.assert_array_equal(dense(*found, 12), dense(indptr, ids, counts, 12)[rows])

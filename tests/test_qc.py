@@ -53,13 +53,11 @@ def population(cells=400, seed=0):
 
 def measure(counts, hashes, mito):
     """Metrics of the rows of a sparse matrix, as ingest takes them."""
-    size = counts.shape[0]
     return compiled.measured(
         counts.indptr.astype(np.int64),
         counts.indices,
         counts.data,
         np.arange(len(hashes), dtype=np.int32),
-        np.arange(size, dtype=np.int32),
         hashes,
         mito,
     )[3]

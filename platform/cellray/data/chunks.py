@@ -22,28 +22,40 @@ INFLATE = _inflate()
 GZIP, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 
 
-def part(array: Any, first: int, last: int) -> np.ndarray:
-    """Values first … last - 1 of a list of numbers.
+class Numbers:
+    """A list of numbers, read by ranges. The chunk unpacked last is kept: often the next range begins in it.
 
     What HDF5 packed with gzip is unpacked here: in half the time that its own library takes, each
-    chunk against its checksum and never beyond its size. ValueError if it is damaged.
+    chunk against its checksum and never beyond its size.
     """
-    filters = _filters(array)
-    if first >= last or filters is None:
-        check_chunks(array, first, last)
-        return np.asarray(array[first:last])
-    size = int(array.chunks[0])
-    found = np.empty(last - first, array.dtype)
-    for begin in range(first - first % size, last, size):
-        mask, packed = array.id.read_direct_chunk((begin,))
-        if mask:
-            # Some filter was left out for this chunk.
-            check_chunks(array, first, last)
-            return np.asarray(array[first:last])
-        values = _unpacked(array, packed, size, SHUFFLE in filters)
-        low, high = max(first, begin), min(last, begin + size)
-        found[low - first : high - first] = values[low - begin : high - begin]
-    return found
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self._filters = _filters(array)
+        self._begin, self._values = -1, np.empty(0)
+
+    def part(self, first: int, last: int) -> np.ndarray:
+        """Values first … last - 1. ValueError if a chunk is damaged."""
+        if first >= last or self._filters is None:
+            return self._plain(first, last)
+        size = int(self.array.chunks[0])
+        found = np.empty(last - first, self.array.dtype)
+        for begin in range(first - first % size, last, size):
+            if begin != self._begin:
+                mask, packed = self.array.id.read_direct_chunk((begin,))
+                if mask:
+                    # Some filter was left out for this chunk.
+                    return self._plain(first, last)
+                self._values = _unpacked(self.array, packed, size, SHUFFLE in self._filters)
+                self._begin = begin
+            low, high = max(first, begin), min(last, begin + size)
+            found[low - first : high - first] = self._values[low - begin : high - begin]
+        return found
+
+    def _plain(self, first: int, last: int) -> np.ndarray:
+        """The same, by the library that the list is of."""
+        check_chunks(self.array, first, last)
+        return np.asarray(self.array[first:last])
 
 
 def _filters(array: Any) -> list[int] | None:

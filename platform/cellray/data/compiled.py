@@ -202,11 +202,10 @@ def projected(
 
 
 @_compiled
-def _measured(indptr, ids, counts, order, target, hashes, mito, offsets, out_ids, out_counts, cells):  # type: ignore[no-untyped-def]
+def _measured(indptr, ids, counts, target, hashes, mito, offsets, out_ids, out_counts, cells):  # type: ignore[no-untyped-def]
     depth, features, mitochondrial, digest = cells
     filled = 0
-    for k in range(len(order)):
-        i = order[k]
+    for i in range(len(indptr) - 1):
         first = filled
         for j in range(indptr[i], indptr[i + 1]):
             to = target[ids[j]]
@@ -237,7 +236,7 @@ def _measured(indptr, ids, counts, order, target, hashes, mito, offsets, out_ids
         features[i] = filled - first
         mitochondrial[i] = among
         digest[i] = mixed
-        offsets[k + 1] = filled
+        offsets[i + 1] = filled
 
 
 def measured(
@@ -245,11 +244,10 @@ def measured(
     ids: np.ndarray,
     counts: np.ndarray,
     target: np.ndarray,
-    order: np.ndarray,
     hashes: np.ndarray,
     mito: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Metrics]:
-    """Offsets, ids and counts with the cells in `order`, in narrow types, and metrics in the order given.
+    """Offsets, ids and counts in narrow types, and the metrics of each cell.
 
     Feature f becomes `target[f]`; -1 leaves it out, equal targets are summed. `hashes` (`name_hashes`)
     and `mito` say of each feature that it may become what its name hashes to, uint64, and whether it is
@@ -268,12 +266,12 @@ def measured(
     most = int(counts.max(initial=0))
     width = np.uint8 if most < 1 << 8 else np.uint16 if most < 1 << 16 else np.uint32
     size = len(indptr) - 1
-    offsets = np.zeros(len(order) + 1, np.int64)
+    offsets = np.zeros(size + 1, np.int64)
     out_ids, out_counts = np.empty(len(ids), narrow(len(hashes))), np.empty(len(ids), width)
     depth, among, digest = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.uint64)
     cells = depth, np.zeros(size, np.int32), among, digest
     share = mito.astype(np.uint8)
-    _measured(indptr, ids, counts, order, target, hashes, share, offsets, out_ids, out_counts, cells)
+    _measured(indptr, ids, counts, target, hashes, share, offsets, out_ids, out_counts, cells)
     metrics = Metrics(counts=depth, features=cells[1], mito=among, digest=digest)
     return offsets, out_ids[: offsets[-1]], out_counts[: offsets[-1]], metrics
 
@@ -299,6 +297,27 @@ def sums(offsets, values):  # type: ignore[no-untyped-def]
             total += np.int64(values[j])
         found[i] = total
     return found
+
+
+@_compiled
+def _taken(offsets, ids, counts, rows, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
+    filled = 0
+    for k in range(len(rows)):
+        for j in range(offsets[rows[k]], offsets[rows[k] + 1]):
+            out_ids[filled] = ids[j]
+            out_counts[filled] = counts[j]
+            filled += 1
+        out_offsets[k + 1] = filled
+
+
+def taken(
+    offsets: np.ndarray, ids: np.ndarray, counts: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ragged `rows`, in that order."""
+    tokens = int((offsets[rows + 1] - offsets[rows]).sum())
+    out = np.zeros(len(rows) + 1, np.int64), np.empty(tokens, ids.dtype), np.empty(tokens, counts.dtype)
+    _taken(offsets, ids, counts, rows, *out)
+    return out
 
 
 @_compiled

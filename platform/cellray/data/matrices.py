@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 import zarr
 
-from cellray.data.chunks import part
+from cellray.data.chunks import Numbers
 from cellray.data.counts import MOST
 from cellray.data.guard import item, whole
 
@@ -81,6 +81,7 @@ class Sparse:
                 raise _lies(f"{name} is no list of numbers")
             if name != "data" and array.dtype.kind not in "iu":
                 raise _lies(f"{name} holds values of type {array.dtype}, not whole numbers")
+        self._values, self._places = Numbers(self.data), Numbers(self.indices)
         self.stored = int(self.data.shape[0])
         outer, self._inner = (self.shape[1], self.shape[0]) if by_column else self.shape
         if self._indptr.shape[0] != outer + 1:
@@ -115,7 +116,7 @@ class Sparse:
         first, last = int(starts[0]), int(starts[-1])
         starts -= first
         indices = self._indices(first, last)
-        data = check(part(self.data, first, last), starts)
+        data = check(self._values.part(first, last), starts)
         return sp.csr_matrix((data, indices, starts), shape=(stop - start, self.shape[1]))
 
     def _from_columns(self, start: int, stop: int, check: Check) -> sp.csr_matrix:
@@ -123,7 +124,7 @@ class Sparse:
         parts = [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint32))]
         for begin, end, first, last in self._column_parts():
             rows = self._indices(first, last)
-            data = check(part(self.data, first, last), None)
+            data = check(self._values.part(first, last), None)
             assert self.columns is not None
             lengths = np.diff(self.columns[begin : end + 1])
             columns = np.repeat(np.arange(begin, end, dtype=np.int32), lengths)
@@ -148,7 +149,7 @@ class Sparse:
 
     def _indices(self, first: int, last: int) -> np.ndarray:
         """Indices first … last - 1, checked."""
-        indices = part(self.indices, first, last)
+        indices = self._places.part(first, last)
         if not indices.size:
             return np.empty(0, np.int32)
         if not indices.dtype.isnative:

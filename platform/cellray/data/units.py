@@ -28,6 +28,8 @@ from cellray.data.features import Tally
 from cellray.data.qc import Metrics
 from cellray.data.reading import open_source
 
+TOGETHER = 1 << 20
+"""Numbers read at a time, about: what is made of them stays near the processor."""
 UNKNOWN = -1
 """Unit of a cell that was read by none, or is not to be in the store."""
 
@@ -98,27 +100,38 @@ def cells_path(parts: str, number: int) -> str:
 
 def read(rows: Rows, origin: Origin, parts: str) -> None:
     """The rows' counts in the features of the file, and the metrics of each cell."""
-    file = origin.file
+    file, found, total = origin.file, [], 0
     with open_source(file.url, modality=file.modality, layer=file.layer, names=file.names) as source:
-        raw = source.rows(rows.start, rows.stop)
-    offsets, ids, counts, cells = compiled.measured(
-        raw.indptr.astype(np.int64, copy=False),
-        raw.indices.astype(np.int32, copy=False),
-        raw.data.astype(np.uint32, copy=False),
-        origin.columns,
+        step = source.step(max(1, TOGETHER * source.shape[0] // max(1, source.stored)))
+        for start in range(rows.start, rows.stop, step):
+            raw = source.rows(start, min(start + step, rows.stop))
+            total += int(raw.data.sum(dtype=np.int64))
+            found.append(
+                compiled.measured(
+                    raw.indptr.astype(np.int64, copy=False),
+                    raw.indices.astype(np.int32, copy=False),
+                    raw.data.astype(np.uint32, copy=False),
+                    origin.columns,
+                    origin.names,
+                    origin.mito,
+                )
+            )
+    lengths = np.concatenate([np.diff(offsets) for offsets, _, _, _ in found])
+    cells = Metrics.joined(metrics for _, _, _, metrics in found)
+    offsets, ids, counts = compiled.taken(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([ids for _, ids, _, _ in found]),
+        np.concatenate([counts for _, _, counts, _ in found]),
         rows.order,
-        origin.names,
-        origin.mito,
     )
     storage.write_bytes(counts_path(parts, rows.number), pieces.encode(offsets, ids, counts))
-    found = int(raw.data.sum(dtype=np.int64))
     facts = {
-        "counts_in": found,
-        "unmapped": found - int(cells.counts.sum()),
+        "counts_in": total,
+        "unmapped": total - int(cells.counts.sum()),
         "most": int(counts.max(initial=0)),
     }
-    metrics = pa.record_batch(vars(cells)).replace_schema_metadata({"facts": json.dumps(facts)})
-    _save(metrics_path(parts, rows.number), [metrics], metrics.schema)
+    table = pa.record_batch(vars(cells)).replace_schema_metadata({"facts": json.dumps(facts)})
+    _save(metrics_path(parts, rows.number), [table], table.schema)
 
 
 def measured(parts: str, numbers: Sequence[int]) -> tuple[Metrics, dict[str, int]]:
