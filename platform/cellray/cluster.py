@@ -76,8 +76,9 @@ def connect(
 
     Else an address is `host:port` of a cluster's head; `RAY_AUTH_MODE=token` and a token are demanded.
 
-    Workers get this library and the application folders beside it, whatever is installed where they run,
-    and `threads` CPU threads for each process unless a task sets its own.
+    Workers use this library and the application folders beside it, whatever is installed where they run:
+    on this machine from here, so that what is compiled once stays compiled, elsewhere they are sent. They
+    have `threads` CPU threads for each process unless a task sets its own.
 
     ValueError for an address without a token, of another form, or where nothing answers.
     """
@@ -91,7 +92,11 @@ def connect(
         yield
         return
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | QUIET
-    runtime_env: dict[str, Any] = {"py_modules": [str(folder) for folder in packages()], "env_vars": env}
+    if remote:
+        runtime_env: dict[str, Any] = {"py_modules": [str(own) for own in packages()], "env_vars": env}
+    else:
+        paths = [*(str(own.parent) for own in packages()), os.environ.get("PYTHONPATH", "")]
+        runtime_env = {"env_vars": env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}}
     folder = None if remote else tempfile.mkdtemp(prefix="cellray-", dir=_short_folder())
     try:
         if folder is None:
@@ -115,7 +120,7 @@ def connect(
 
 
 def packages() -> list[Path]:
-    """Folders of the packages that workers are sent: the library, and the applications found here."""
+    """Folders of the packages that workers use: the library, and the applications found here."""
     specs = [importlib.util.find_spec(name) for name in APPLICATIONS]
     origins = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
     return [Path(origin).parent for origin in [cellray.__file__, *origins]]

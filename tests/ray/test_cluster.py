@@ -16,10 +16,10 @@ from cellray import cluster
 
 SHIPPED = """
 import json, sys
-sys.path[:0] = sys.argv[1].split(":")        # the driver's alone: Ray does not hand it to workers
+sys.path[:0] = sys.argv[2].split(":")        # the driver's alone: Ray does not hand it to workers
 from cellray import cluster
 
-with cluster.connect("local", cpus=2, object_store_bytes=128 << 20):
+with cluster.connect(sys.argv[1], cpus=2, object_store_bytes=128 << 20):
     import ray
 
     @ray.remote
@@ -31,7 +31,7 @@ with cluster.connect("local", cpus=2, object_store_bytes=128 << 20):
             [sys.executable, "-c", "import ray, cellray"], env=environment, capture_output=True, text=True
         )
         modules = [cellray, pipelines.recipes, serve, tune, sys.modules[Tokenizer.__module__]]
-        return [m.__file__ for m in modules], bare.stderr, sys.path
+        return [m.__file__ for m in modules], bare.stderr
 
     folder = ray._private.worker._global_node.get_temp_dir_path()
     print(json.dumps([*ray.get(where.remote()), folder]))
@@ -50,28 +50,36 @@ def bare_python(tmp_path_factory):
     return folder / "bin" / "python"
 
 
-@pytest.fixture(scope="module")
-def shipped(bare_python, root, tmp_path_factory):
-    """What a task saw that a driver in `bare_python` sent: module files, errors, path, Ray's folder."""
-    folder = tmp_path_factory.mktemp("driver")
+def saw(bare_python, root, folder, address, environment):
+    """What a task saw that a driver in `bare_python` sent: module files, errors, Ray's folder."""
     script = folder / "driver.py"
     script.write_text(SHIPPED)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = _run([bare_python, script, f"{root / 'platform'}:{root}"], environment, folder)
+    clean = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
+    done = _run([bare_python, script, address, f"{root / 'platform'}:{root}"], clean, folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_task_runs_without_cellray_installed(shipped, root):
-    files, without, path, _ = shipped
-    assert all("/runtime_resources/py_modules_files/" in file for file in files), files
+@pytest.fixture(scope="module")
+def local(bare_python, root, tmp_path_factory):
+    """That of a local cluster."""
+    return saw(bare_python, root, tmp_path_factory.mktemp("driver"), "local", dict(os.environ))
+
+
+def test_tasks_on_this_machine_use_the_files_of_their_driver(local, root):
+    files, without, _ = local
+    assert all(Path(file).is_relative_to(root) for file in files), files
     assert "No module named 'cellray'" in without
-    ours = [Path(entry) for entry in path if Path(entry).is_relative_to(root)]
-    assert not [entry for entry in ours if not entry.is_relative_to(sys.prefix)], path  # .venv may lie in it
 
 
-def test_a_local_cluster_leaves_no_files_and_no_processes(shipped):
-    folder = shipped[-1]
+def test_tasks_on_another_cluster_are_sent_the_library(remote, bare_python, root, tmp_path):
+    address, environment = remote
+    files, *_ = saw(bare_python, root, tmp_path, address, environment)
+    assert all("/runtime_resources/py_modules_files/" in file for file in files), files
+
+
+def test_a_local_cluster_leaves_no_files_and_no_processes(local):
+    folder = local[-1]
     assert Path(folder).name.startswith("cellray-")
     assert not Path(folder).exists()
     commands = [_command(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()]

@@ -22,6 +22,14 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, boundscheck=False)(function)
 
 
+def _still(*arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays, read-only: of one type to numba whether Ray lent them or not."""
+    found = [array.view() for array in arrays]
+    for array in found:
+        array.flags.writeable = False
+    return found
+
+
 @_compiled
 def _by_id(items, spare, n, bits, passes):  # type: ignore[no-untyped-def]
     """`items[:n]` sorted by their upper halves, and the other array: a stable radix sort from below."""
@@ -137,7 +145,8 @@ def ranked(
     tokens = int((offsets[rows + 1] - offsets[rows]).sum())
     found = np.zeros(len(rows) + 1, np.int64)
     out_ids, out_counts = np.empty(tokens, narrow(weights.shape[1])), np.empty(tokens, counts.dtype)
-    _ranked(offsets, ids, counts, rows, target, base, weights, assay, found, out_ids, out_counts)
+    given = _still(offsets, ids, counts, rows, target, base, weights, assay)
+    _ranked(*given, found, out_ids, out_counts)
     return found, out_ids[: found[-1]], out_counts[: found[-1]]
 
 
@@ -195,7 +204,8 @@ def projected(
     out_indptr = np.zeros(len(indptr), np.int64)
     out_ids, out_counts = np.empty(len(ids), np.int32), np.empty(len(ids), np.uint32)
     bits = -(-digits // passes)
-    filled = _projected(indptr, ids, counts, target, bits, passes, out_indptr, out_ids, out_counts)
+    given = _still(indptr, ids, counts, target)
+    filled = _projected(*given, bits, passes, out_indptr, out_ids, out_counts)
     if filled < 0:
         raise ValueError("columns of one feature add up to more than 4,294,967,295 in a cell: no counts")
     return out_indptr, out_ids[:filled], out_counts[:filled]
@@ -270,8 +280,8 @@ def measured(
     out_ids, out_counts = np.empty(len(ids), narrow(len(hashes))), np.empty(len(ids), width)
     depth, among, digest = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.uint64)
     cells = depth, np.zeros(size, np.int32), among, digest
-    share = mito.astype(np.uint8)
-    _measured(indptr, ids, counts, target, hashes, share, offsets, out_ids, out_counts, cells)
+    given = _still(indptr, ids, counts, target, hashes, mito.astype(np.uint8))
+    _measured(*given, offsets, out_ids, out_counts, cells)
     metrics = Metrics(counts=depth, features=cells[1], mito=among, digest=digest)
     return offsets, out_ids[: offsets[-1]], out_counts[: offsets[-1]], metrics
 
@@ -316,7 +326,7 @@ def taken(
     """The ragged `rows`, in that order."""
     tokens = int((offsets[rows + 1] - offsets[rows]).sum())
     out = np.zeros(len(rows) + 1, np.int64), np.empty(tokens, ids.dtype), np.empty(tokens, counts.dtype)
-    _taken(offsets, ids, counts, rows, *out)
+    _taken(*_still(offsets, ids, counts, rows), *out)
     return out
 
 
