@@ -26,12 +26,15 @@ def ingest(report: Report, material: Material, effort: Effort) -> Iterator[Seque
     store = material.store(atlas)
     bare = Driver("gzip .h5ad decode", DRIVERS + "gunzip", files)
     bound = Driver("decode + pack", DRIVERS + "packing", [str(store), *files])
-    warm, scratch = material.atlas(256), material.folder / "cache" / "scratch"
+    warm, scratch = material.atlas(min(4_096, material.cells)), material.folder / "cache" / "scratch"
     yield [bare, bound]
-    tasks = (1, 2) if material.quick else (1, 2, 4)
+    # Falling, so that the workers that are needed have been at work just before.
+    tasks = (2, 1) if material.quick else (4, 2, 1)
     settings = cut(store, material.cells)
-    # Workers import and compile when they first do a thing, which is a cost of Ray and not of the cells.
-    material.ingest(warm, scratch / "warm", tasks=material.cpus, settings={"unit_cells": 32})
+    # Workers import and compile when they first do a thing, which is a cost of Ray and not of the cells:
+    # so each is to have had a unit and a shard.
+    few = cut(material.store(warm), min(4_096, material.cells))
+    material.ingest(warm, scratch / "warm", tasks=material.cpus, settings=few)
     found = []
     for some in tasks:
         in_turns([bare, bound], rounds=1, seconds=effort.seconds)
@@ -41,7 +44,7 @@ def ingest(report: Report, material: Material, effort: Effort) -> Iterator[Seque
     for driver in (bare, bound):
         value, note = statistics.median(driver.rates), f"{spread(driver.rates)}; {driver.about}"
         report.add(Row(what=driver.name, value=value, unit=RATE, note=note))
-    for some, run, rate in zip(tasks, found, rates, strict=True):
+    for some, run, rate in sorted(zip(tasks, found, rates, strict=True), key=lambda item: item[0]):
         peak = ", ".join(f"{name} {value:,.0f}" for name, value in sorted(run["peak"].items()))
         note = f"{run['wall']:.1f} s, {run['cpu']:.1f} CPU-s for {run['cells']:,} cells; peak MB: {peak}"
         report.add(Row(what=f"ingest, {some} tasks at a time", value=rate, unit=RATE, note=note))
@@ -53,7 +56,7 @@ def ingest(report: Report, material: Material, effort: Effort) -> Iterator[Seque
         note = f"{note}; CPU-seconds of all processes"
         what, baseline = f"ingest / {driver.name.replace('.h5ad ', '')}", what
         report.add(Row(what=what, value=value, unit="times", goal=goal, baseline=baseline, note=note))
-    _scaling(report, tasks, found, settings)
+    _scaling(report, tasks[::-1], found[::-1], settings)
 
 
 def cut(store: Path, cells: int) -> dict[str, int]:

@@ -22,6 +22,8 @@ ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"),
     "1",
 )
+KEEP = {"RAY_idle_worker_killing_time_threshold_ms": "3600000"}
+"""Ray ends workers that were idle for a second, and what they have used would be missing from the sum."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Driver:
         self.mark = uuid.uuid4().hex
         where = ["taskset", "-c", str(_measured() if core is None else core)] if self.pinned else []
         path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-        environment = os.environ | ONE_THREAD | {"PYTHONPATH": path, MARK: self.mark}
+        environment = os.environ | ONE_THREAD | KEEP | {"PYTHONPATH": path, MARK: self.mark}
         self.process = subprocess.Popen(
             [*where, self.python, "-m", self.module, *self.arguments],
             cwd=ROOT,
