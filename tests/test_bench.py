@@ -4,13 +4,16 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cellray.data.modalities import RNA
 from cellray.data.tokens import POOLED, Counts, Tokenizer, Vocabulary
 from tests.bench.datalayer.quality import quality
 from tests.bench.datalayer.synthetic import BLOCK, Cells, Peaks, cell_names, source_rows
+from tests.bench.datalayer.writing import cut
 from tests.bench.drivers import encodings
+from tests.bench.drivers.packing import portion
 from tests.bench.harness.report import Report, Row, ratio
 from tests.bench.harness.rounds import Driver, in_turns, started
 
@@ -76,6 +79,9 @@ def test_our_encodings_and_the_lean_loops_agree():
     ranked = encodings.rank(tokenizer, matrix, counts)
     assert isinstance(ranked, Counts)
     np.testing.assert_array_equal(ranked.ids, np.concatenate(encodings.rank_lean(tokenizer, matrix, counts)))
+    bound = encodings.Packed()
+    for _ in range(2):
+        np.testing.assert_array_equal(ranked.ids, bound(tokenizer, matrix, counts) & np.uint64(0xFFFFFFFF))
     binned = np.concatenate(encodings.bins_lean(tokenizer, matrix, counts))
     np.testing.assert_array_equal(encodings.bins(tokenizer, matrix, counts), binned)
     dense = encodings.bins_loop(tokenizer, matrix, counts)
@@ -97,7 +103,16 @@ def test_rows_are_written_with_their_verdict(tmp_path):
     assert [row["met"] for row in written["rows"]] == [True, False, None]
     assert {"what", "value", "unit", "goal", "met", "baseline", "note"} == set(written["rows"][0])
     assert written["machine"]["cores"] == len(os.sched_getaffinity(0))
-    assert "MISSED" in said[1]
+    assert "MISSED" in said[2]
+    assert "quick" not in written
+
+
+def test_a_quick_report_says_so(tmp_path):
+    said: list[str] = []
+    report = Report(tmp_path / "data.json", said.append, quick="few cells")
+    report.add(Row(what="a", value=2.0, unit="times"))
+    assert json.loads(report.path.read_text())["quick"] == "few cells"
+    assert "quick: few cells" in said[1]
 
 
 def test_a_ratio_is_of_the_same_round():
@@ -126,6 +141,31 @@ def test_a_driver_tells_where_its_cells_come_from(driver):
     assert driver.ask("quality 2")["origins"] == [[1, 2], [2, 3]]
     found = driver.ask("round 0 85")
     assert found["cells"] >= 85
+
+
+def test_drivers_started_together_are_measured_on_one_core_and_one_may_be_absent():
+    drivers = [Driver(name, "tests.bench.drivers.burning") for name in ("one", "other")]
+    absent = Driver("absent", "tests.bench.drivers.absent", optional=True)
+    with started([absent, *drivers]):
+        assert "ended with status 1" in absent.failed
+        for driver in drivers:
+            assert driver.process
+            assert os.sched_getaffinity(driver.process.pid) == {max(os.sched_getaffinity(0))}
+            assert driver.ask("round 0")["cells"] == 0
+    assert all(driver.process and driver.process.returncode == 0 for driver in drivers)
+
+
+def test_a_portion_packs_as_many_cells_as_are_decoded():
+    batches = [pa.record_batch({"cell": list(range(first, first + 4))}) for first in (0, 4)]
+    for cells in (1, 4, 7, 8, 19):
+        rows = [row for batch in portion(batches, cells) for row in batch["cell"].to_pylist()]
+        assert rows == [row % 8 for row in range(cells)]
+
+
+def test_an_ingest_is_cut_into_eight_parts_or_more_and_never_more_coarsely_than_by_default(tmp_path):
+    (tmp_path / "a.arrow").write_bytes(bytes(80_000))
+    assert cut(tmp_path, 4_000) == {"unit_cells": 500, "shard_bytes": 9_000}
+    assert cut(tmp_path, 1_000_000)["unit_cells"] == 4_096
 
 
 def test_a_driver_that_fails_is_told_of():

@@ -28,19 +28,20 @@ def main() -> int:
     options = arguments()
     from tests.bench.datalayer.material import Material
     from tests.bench.datalayer.reading import DRIVERS, RATE
-    from tests.bench.harness.report import Report, Row, machine
+    from tests.bench.harness.report import Report, Row
     from tests.bench.harness.rounds import Driver
 
     folder = Path(options.out).absolute()
-    report = Report(folder / "scale.json")
+    sizes = " and ".join(f"{cells:,}" for cells in options.cells)
+    report = Report(folder / "scale.json", quick=f"{sizes} cells" if options.quick else "")
     material = Material(folder, max(options.cells), options.quick)
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
     atlases = [Path(path).absolute() for path in options.atlas] or list(map(material.atlas, options.cells))
     scratch = folder / "cache" / "scale"
     for atlas in atlases:
         store = scratch / "store"
         try:
-            (made,) = material.ingest([(atlas, store)], cpus=2)
+            made = material.ingest(atlas, store)
+            material.close()  # the next has a Ray of its own, whose processes have grown by nothing else
             cells = made["cells"]
             size = sum(path.stat().st_size for path in store.rglob("*.arrow")) / cells
             for process, peak in sorted(made["peak"].items()):
@@ -66,6 +67,7 @@ def main() -> int:
                 )
             )
         finally:
+            material.close()
             shutil.rmtree(scratch, ignore_errors=True)
     print(f"written: {report.path}")
     return 0

@@ -5,10 +5,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ import numpy as np
 from cellray.data.store import Store
 from tests.bench.datalayer import formats
 from tests.bench.datalayer.synthetic import Cells, Peaks, gene_names, peak_names, write_h5ad
-from tests.bench.harness.rounds import ONE_THREAD, ROOT
-from tests.bench.harness.serve import MARK
+from tests.bench.harness.rounds import ROOT, Driver
 from tests.bench.harness.venvs import Environment, python_of
 
 SOURCE = ROOT / "platform" / "cellray" / "data"
@@ -34,7 +31,11 @@ class Material:
     cells: int
     """Cells of the largest store."""
     quick: bool
+    cpus: int = 2
+    """Logical CPUs of the Ray that ingests."""
     say: Callable[[str], None] = print
+    dismissed: list[Driver] = field(default_factory=list)
+    """Rays that are on their way to their end."""
 
     @cached_property
     def version(self) -> str:
@@ -53,6 +54,7 @@ class Material:
         names = gene_names(spec.genes)
 
         def write(folder: Path) -> None:
+            assert self.ray  # which starts while we write
             lines = ["dataset,modality,url,label,species"]
             for number, (first, last) in enumerate(spec.files):
                 rows = np.arange(first, last)
@@ -69,13 +71,15 @@ class Material:
 
     def peaks_atlas(self, peaks: int, cells: int) -> Path:
         """Table of an atlas with RNA and ATAC of the same cells; as many tokens whatever `peaks`."""
-        rna, atac = self.spec(cells), Peaks(cells=cells, peaks=peaks, drawn=1_000 if self.quick else 3_000)
+        atac = Peaks(cells=cells, peaks=peaks, drawn=1_000 if self.quick else 3_000)
+        rna = self.files(cells)
 
         def write(folder: Path) -> None:
             rows = np.arange(cells)
-            label = rna.label(rows)
-            write_h5ad(folder / "rna.h5ad", rna.blocks(0, cells), gene_names(rna.genes), rows, label)
+            label = self.spec(cells).label(rows)
             write_h5ad(folder / "atac.h5ad", atac.blocks(0, cells), peak_names(peaks), rows, label)
+            assert len(rna) == 1
+            (folder / "rna.h5ad").symlink_to(os.path.relpath(rna[0], folder))
             lines = ["dataset,modality,url,label,species", "a,rna,rna.h5ad,label,=human"]
             lines.append("a,atac,atac.h5ad,label,=human")
             (folder / "atlas.csv").write_text("\n".join(lines) + "\n")
@@ -87,7 +91,7 @@ class Material:
         return self.stores([atlas])[0]
 
     def stores(self, atlases: Sequence[Path]) -> list[Path]:
-        """The token stores of several, in one Ray."""
+        """The token stores of several."""
         folders = [self.folder / "cache" / f"store-{atlas.parent.name}-{self.version}" for atlas in atlases]
         missing = [pair for pair in zip(atlases, folders, strict=True) if not pair[1].exists()]
         for atlas in atlases if missing else ():
@@ -97,25 +101,37 @@ class Material:
         if missing:
             self.say(f"… ingesting {', '.join(folder.name for _, folder in missing)}")
             parts = [folder.with_name(f".{folder.name}.part") for _, folder in missing]
-            self.ingest([(atlas, p / "store") for (atlas, _), p in zip(missing, parts, strict=True)], cpus=2)
-            for (_, folder), part in zip(missing, parts, strict=True):
+            for (atlas, folder), part in zip(missing, parts, strict=True):
+                self.ingest(atlas, part / "store")
                 part.rename(folder)
         return [folder / "store" for folder in folders]
 
-    def ingest(self, pairs: Sequence[tuple[Path, Path]], *, cpus: int) -> list[dict[str, Any]]:
-        """Ingest atlas into store, for each pair, in a Ray of `cpus` logical CPUs; what each cost."""
-        path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-        environment = os.environ | ONE_THREAD | {"PYTHONPATH": path, MARK: uuid.uuid4().hex}
-        command = [sys.executable, "-m", "tests.bench.drivers.ingest", str(cpus)]
-        done = subprocess.run(
-            [*command, *(str(path) for pair in pairs for path in pair)],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        return [json.loads(line) for line in done.stdout.splitlines()]
+    def ingest(
+        self, atlas: Path, store: Path, *, tasks: int = 2, settings: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Ingest `atlas` into `store`, `tasks` at a time; what it cost."""
+        command = {"atlas": str(atlas), "store": str(store), "tasks": tasks, "settings": settings or {}}
+        self.ray.ready()
+        return self.ray.ask(json.dumps(command))
+
+    @cached_property
+    def ray(self) -> Driver:
+        """The Ray that ingests, on its way up; the same for all ingests until `close`."""
+        driver = Driver("ingest", "tests.bench.drivers.ingest", [str(self.cpus)], pinned=False)
+        driver.launch()
+        return driver
+
+    def dismiss(self) -> None:
+        """Let that Ray end, if there is one; another starts where it is needed."""
+        if driver := self.__dict__.pop("ray", None):
+            driver.dismiss()
+            self.dismissed.append(driver)
+
+    def close(self) -> None:
+        """Let that Ray end, if there is one, and wait for it."""
+        self.dismiss()
+        while self.dismissed:
+            self.dismissed.pop().close()
 
     def converted(self, name: str, write: Callable[[Store, Path], None]) -> Path:
         """The largest store in the format that `write` writes."""

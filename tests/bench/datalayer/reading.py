@@ -1,8 +1,13 @@
-"""The rows about reading: the feed against bounds and competitors, encodings, memory, vocabularies, Ray."""
+"""The rows about reading: the feed against bounds and competitors, encodings, memory, vocabularies, Ray.
+
+A section yields its drivers, goes on when they run, and ends before they are closed: so those of several
+can start side by side.
+"""
 
 import statistics
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +16,12 @@ from tests.bench.datalayer import competitors, formats
 from tests.bench.datalayer.material import Material
 from tests.bench.datalayer.quality import Quality, quality
 from tests.bench.harness.report import Report, Row, ratio, spread
-from tests.bench.harness.rounds import Driver, in_turns, started
+from tests.bench.harness.rounds import Driver, in_turns
 from tests.bench.harness.venvs import Environment
 
 RATE = "cells/CPU-s"
 DRIVERS = "tests.bench.drivers."
+TRAIN = "feed in a Ray Train worker / bare"
 
 
 @dataclass(frozen=True)
@@ -48,25 +54,24 @@ GOALS = (
 )
 
 
-def feed(report: Report, material: Material, effort: Effort, others: Sequence[str]) -> None:
+def feed(
+    report: Report, material: Material, effort: Effort, others: Sequence[str]
+) -> Iterator[Sequence[Driver]]:
     """The feed, the bounds and the competitors named in `others`, in one interleaved run."""
     store = material.store(material.atlas(material.cells))
     drivers = [
         Driver("feed", DRIVERS + "feed", [str(store)]),
         Driver("zstd sequential", DRIVERS + "sequential", [str(store)]),
         Driver("raw sequential", DRIVERS + "sequential", [str(material.converted("raw", formats.raw))]),
+        *_competitors(report, material, others),
     ]
-    rivals = _competitors(report, material, others)
-    with started(drivers) as running:
-        for driver in rivals:
-            try:
-                running.enter_context(driver)
-            except RuntimeError as error:
-                report.add(Row(what=driver.name, value=None, unit=RATE, note=f"left out: {error}"))
-            else:
-                drivers.append(driver)
-        memory = in_turns(drivers, rounds=effort.rounds, seconds=effort.seconds)
-        shuffled = {d.name: _quality(d, material) for d in drivers if "sequential" not in d.name}
+    yield drivers
+    for driver in drivers:
+        if driver.failed:
+            report.add(Row(what=driver.name, value=None, unit=RATE, note=f"left out: {driver.failed}"))
+    drivers = [driver for driver in drivers if not driver.failed]
+    memory = in_turns(drivers, rounds=effort.rounds, seconds=effort.seconds)
+    shuffled = {d.name: _quality(d, material) for d in drivers if "sequential" not in d.name}
     ours = drivers[0]
     for driver in drivers:
         size = driver.rounds[-1].cells / driver.rounds[-1].batches
@@ -102,14 +107,20 @@ def _competitors(report: Report, material: Material, others: Sequence[str]) -> l
             return None
         try:
             found = material.python(environment)
-            reason = "no environment yet; without --quick it is made"
+            reason = "its environment is not there; run once without --quick, which makes it"
         except ValueError as error:
             found, reason = None, str(error)
         if found is None:
             report.add(Row(what=environment.name, value=None, unit=RATE, note=f"left out: {reason}"))
         return found
 
-    drivers = []
+    drivers: list[Driver] = []
+
+    def add(name: str, module: str, arguments: Sequence[str], python: str = sys.executable) -> None:
+        drivers.append(
+            Driver(name, DRIVERS + module, arguments, python, optional=True, cluster=name == "ray")
+        )
+
     if found := python(competitors.ANNBATCH):
         try:
             collection = str(material.collection(found))
@@ -118,28 +129,26 @@ def _competitors(report: Report, material: Material, others: Sequence[str]) -> l
         else:
             store = str(material.store(material.atlas(material.cells)))
             read = ["read", collection]
-            drivers.append(Driver("annbatch", DRIVERS + "annbatch", read, found))
-            drivers.append(Driver("annbatch + tokens", DRIVERS + "annbatch", [*read, store], found))
+            add("annbatch", "annbatch", read, found)
+            add("annbatch + tokens", "annbatch", [*read, store], found)
     if found := python(competitors.HUGGINGFACE):
         path = material.converted("huggingface", formats.huggingface) / "cells.arrow"
-        drivers += [
-            Driver(f"huggingface {form}", DRIVERS + "huggingface", [str(path), form], found)
-            for form in ("numpy", "arrow")
-        ]
+        for form in ("numpy", "arrow"):
+            add(f"huggingface {form}", "huggingface", [str(path), form], found)
     if found := python(competitors.WEBDATASET):
         path = material.converted("webdataset", formats.tars)
-        drivers.append(Driver("webdataset", DRIVERS + "webdataset", [str(path)], found))
+        add("webdataset", "webdataset", [str(path)], found)
     if "ray" in others:
         path = material.converted("parquet", formats.parquet)
-        drivers.append(Driver("ray", DRIVERS + "ray_data", [str(path)]))
+        add("ray", "ray_data", [str(path)])
     if found := python(competitors.SCDATASET):
         path = material.files(material.cells)[0]
-        drivers.append(Driver("scdataset", DRIVERS + "scdataset", [str(path)], found))
+        add("scdataset", "scdataset", [str(path)], found)
     return drivers
 
 
 def _quality(driver: Driver, material: Material) -> Quality:
-    batches = driver.ask(f"quality {8 if material.quick else 24}")["origins"]
+    batches = driver.ask(f"quality {4 if material.quick else 24}")["origins"]
     spec = material.spec(material.cells)
     # scDataset reads one file, the first.
     cells = spec.files[0][1] if driver.name == "scdataset" else spec.cells
@@ -161,62 +170,71 @@ def _shuffle_row(name: str, found: Quality, goal: float | None) -> Row:
     )
 
 
-def tokenizers(report: Report, material: Material, effort: Effort) -> None:
-    """Ours against loops over cells: as their authors wrote them, and as lean as such a loop gets."""
+WAYS = (
+    ("rank", 10.0, "argsort of each cell"),
+    ("bins", 30.0, "quantiles of each cell"),
+)
+"""Encodings, how many times the rate of the loop each is to have, and what the loop does."""
+
+
+def tokenizers(report: Report, material: Material, effort: Effort) -> Iterator[Sequence[Driver]]:
+    """Ours against loops over cells, as their authors wrote them and as lean as such a loop gets; and
+    ranking against its bound, numpy's sort of numbers that hold a token each."""
     store = str(material.store(material.atlas(material.cells)))
-    for way, goal, loop in (("rank", 10.0, "argsort of each cell"), ("bins", 30.0, "quantiles of each cell")):
-        names = (way, f"{way}_loop", f"{way}_lean")
-        ours, *loops = [Driver(name, DRIVERS + "encodings", [name, store]) for name in names]
-        with started([ours, *loops]):
-            in_turns([ours, *loops], rounds=effort.rounds, seconds=effort.seconds / 2)
-        for driver in (ours, *loops):
-            value, note = statistics.median(driver.rates), spread(driver.rates)
-            report.add(Row(what=f"{driver.name} tokens", value=value, unit=RATE, note=note))
-        for driver, wanted, kind in zip(loops, (goal, None), ("as published", "lean"), strict=True):
+    cells = "512" if material.quick else "2048"
+    names = [f"{way}{kind}" for way, *_ in WAYS for kind in ("", "_loop", "_lean")] + ["rank_bound"]
+    named = {name: Driver(name, DRIVERS + "encodings", [name, store, cells]) for name in names}
+    yield list(named.values())
+    for way, goal, loop in WAYS:
+        ours, *others = (driver for name, driver in named.items() if name.startswith(way))
+        in_turns([ours, *others], rounds=effort.rounds, seconds=effort.seconds / 2)
+        for driver in (ours, *others):
+            value, note = statistics.median(driver.rates), f"{spread(driver.rates)}; {driver.about}"
+            label = "rank, bound" if driver.name == "rank_bound" else f"{driver.name} tokens"
+            report.add(Row(what=label, value=value, unit=RATE, note=note))
+        against: list[tuple[str, float | None, str]] = [("loop, as published", goal, loop)]
+        against += [
+            ("loop, lean", None, loop),
+            ("bound", None, "numpy's sort of each cell, keys made before"),
+        ]
+        for driver, (kind, wanted, baseline) in zip(others, against, strict=False):
             value, note = ratio(ours.rates, driver.rates)
-            what = f"{way} / loop, {kind}"
-            report.add(Row(what=what, value=value, unit="times", goal=wanted, baseline=loop, note=note))
+            what = f"{way} / {kind}"
+            report.add(Row(what=what, value=value, unit="times", goal=wanted, baseline=baseline, note=note))
 
 
-def memory(report: Report, material: Material, effort: Effort) -> None:
+def memory(report: Report, material: Material, effort: Effort) -> Iterator[Sequence[Driver]]:
     """Peak memory of a process that reads a whole pass, by the size of the store."""
     sizes = sorted({min(size, material.cells) for size in (10_000, 100_000, material.cells)})
-    for cells in sizes:
-        store = material.store(material.atlas(cells))
-        with Driver("feed", DRIVERS + "feed", [str(store)]) as driver:
-            found = driver.ask(f"round {effort.seconds} {cells}")
-            used = driver.ask("memory")
+    stores = material.stores([material.atlas(cells) for cells in sizes])
+    drivers = [Driver("feed", DRIVERS + "feed", [str(store)]) for store in stores]
+    yield drivers
+    for cells, store, driver in zip(sizes, stores, drivers, strict=True):
+        found = driver.ask(f"round {effort.seconds} {cells}")
+        used = driver.ask("memory")
         size = sum(path.stat().st_size for path in store.rglob("*.arrow")) / cells
         note = (
             f"{found['cells']:,.0f} cells read, {found['cells'] / found['cpu']:,.0f} cells/CPU-s, "
             f"{used['anonymous']:,.0f} MB of it anonymous in the end, {size:,.0f} bytes a cell stored"
         )
-        report.add(
-            Row(
-                what=f"peak memory, {cells:,} cells",
-                value=used["peak"],
-                unit="MB",
-                goal=700.0,
-                at_most=True,
-                note=note,
-            )
-        )
+        what, peak = f"peak memory, {cells:,} cells", used["peak"]
+        report.add(Row(what=what, value=peak, unit="MB", goal=700.0, at_most=True, note=note))
 
 
 def vocabularies(material: Material) -> list[Path]:
     """Atlases with few and with many peaks, and the same number of tokens."""
-    cells = 2_048 if material.quick else min(20_480, material.cells)
+    cells = 1_024 if material.quick else min(20_480, material.cells)
     return [
         material.peaks_atlas(peaks, cells) for peaks in (120_000, 360_000 if material.quick else 1_150_000)
     ]
 
 
-def vocabulary(report: Report, material: Material, effort: Effort) -> None:
+def vocabulary(report: Report, material: Material, effort: Effort) -> Iterator[Sequence[Driver]]:
     """Whether the feed's cost grows with the vocabulary."""
     stores = material.stores(vocabularies(material))
     few, many = (Driver(str(store), DRIVERS + "feed", [str(store)]) for store in stores)
-    with started([few, many]):
-        in_turns([few, many], rounds=effort.rounds, seconds=effort.seconds)
+    yield [few, many]
+    in_turns([few, many], rounds=effort.rounds, seconds=effort.seconds)
     value, note = ratio(many.rates, few.rates)
     tokens = [driver.rounds[-1].tokens / driver.rounds[-1].cells for driver in (few, many)]
     sizes = [Store(str(store)).tokenizer.vocabularies["atac"] for store in stores]
@@ -232,18 +250,19 @@ def vocabulary(report: Report, material: Material, effort: Effort) -> None:
     )
 
 
-def train(report: Report, material: Material, effort: Effort) -> None:
+def train(report: Report, material: Material, effort: Effort) -> Iterator[Sequence[Driver]]:
     """The feed in a Ray Train worker against the bare one."""
     store = str(material.store(material.atlas(material.cells)))
-    bare, inside = Driver("bare", DRIVERS + "feed", [store]), Driver("train", DRIVERS + "train", [store])
-    with started([bare, inside]):
-        in_turns([bare, inside], rounds=effort.rounds, seconds=effort.seconds)
+    bare = Driver("bare", DRIVERS + "feed", [store])
+    inside = Driver("train", DRIVERS + "train", [store], cluster=True)
+    yield [bare, inside]
+    in_turns([bare, inside], rounds=effort.rounds, seconds=effort.seconds)
     value, note = ratio(inside.rates, bare.rates)
     wall = ratio(*([m.cells / m.wall for m in d.rounds] for d in (inside, bare)))[0]
     tree = statistics.median(m.tree / m.cpu for m in inside.rounds)
     report.add(
         Row(
-            what="feed in a Ray Train worker / bare",
+            what=TRAIN,
             value=value,
             unit="times",
             goal=0.9,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -141,6 +140,8 @@ def write_h5ad(
     labels: np.ndarray,
 ) -> int:
     """Write an .h5ad with raw counts in X, CSR, gzip; the number of non-zeros. One block is in memory."""
+    import anndata as ad  # which drivers that only want `source_rows` need not wait for
+
     obs = pd.DataFrame({"label": np.char.add("type ", labels.astype(str))}, index=cell_names(rows))
     part = path.with_suffix(".part")
     ad.AnnData(obs=obs, var=pd.DataFrame(index=pd.Index(names))).write_h5ad(part)

@@ -3,13 +3,18 @@
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from cellray import cluster
 from tests.bench.harness.serve import Delivery, serve
 
 CELLS = 1_024
 BUFFER = 8_192
+AHEAD = 16
+"""A pass of so many batches may be read before its first is delivered: rounds are whole passes then."""
 
 
 def deliveries(folder: str) -> Iterator[Delivery]:
@@ -25,6 +30,12 @@ def deliveries(folder: str) -> Iterator[Delivery]:
         yield len(columns), len(ids.flatten().to_numpy()), columns["row"]
 
 
+def batches(folder: str) -> int:
+    """How many a pass has."""
+    rows = sum(pq.ParquetFile(path).metadata.num_rows for path in Path(folder).glob("*.parquet"))
+    return -(-rows // CELLS)
+
+
 def main() -> None:
     cluster.prepare("local")
     with cluster.connect("local", cpus=2, object_store_bytes=1 << 30):
@@ -33,10 +44,14 @@ def main() -> None:
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        number = batches(sys.argv[1])
+        window = number if number <= AHEAD else 1
         serve(
             lambda: deliveries(sys.argv[1]),
             origins=lambda column: column.to_pylist(),
             whole=True,
+            window=window,
+            first=window,
             about=f"local shuffle buffer of {BUFFER:,}, all processes of Ray",
         )
 

@@ -38,8 +38,12 @@ class Row:
 class Report:
     """The rows of one bench. `path` is written whenever a row comes, so that a bench cut short left some."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
-        self.path, self.say = path, say
+    def __init__(self, path: Path, say: Callable[[str], None] = print, *, quick: str = "") -> None:
+        """Say what is measured on, and, if that is so, on how little, `quick`."""
+        self.path, self.say, self.quick = path, say, quick
+        say(", ".join(f"{key} {value}" for key, value in machine().items()))
+        if quick:
+            say(f"quick: {quick}; the same measurements as without --quick, noisier and on less")
         self.rows: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -50,10 +54,14 @@ class Report:
             {key: value for key, value in asdict(r).items() if key != "at_most"} | {"met": r.met}
             for r in self.rows
         ]
-        text = json.dumps({"machine": machine(), "rows": rows}, indent=1, ensure_ascii=False)
+        text = json.dumps(self.about() | {"rows": rows}, indent=1, ensure_ascii=False)
         part = self.path.with_suffix(".part")
         part.write_text(text + "\n")
         os.replace(part, self.path)
+
+    def about(self) -> dict[str, object]:
+        """What stands above the rows."""
+        return {"machine": machine()} | ({"quick": self.quick} if self.quick else {})
 
 
 def line(row: Row) -> str:

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.bench.harness.serve import MARK
+from tests.bench.harness.serve import MARK, marked
 
 ROOT = Path(__file__).resolve().parents[3]
 """The root of the repository."""
@@ -21,6 +22,8 @@ ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"),
     "1",
 )
+KEEP = {"RAY_idle_worker_killing_time_threshold_ms": "3600000"}
+"""Ray ends workers that were idle for a second, and what they have used would be missing from the sum."""
 
 
 @dataclass(frozen=True)
@@ -46,47 +49,88 @@ class Measured:
 class Driver:
     """A process that delivers cells on command; `python` is the interpreter of its environment.
 
-    It runs on one core, the last of those allowed here, and with one thread in every library that
-    can be told so; what threads remain are counted by their CPU time.
+    It is measured on one core, the last of those allowed here, and with one thread in every library
+    that can be told so; what threads remain are counted by their CPU time.
     """
 
     name: str
     module: str
     arguments: Sequence[str] = ()
     python: str = sys.executable
+    pinned: bool = True
+    """Whether it has one core; else all that are allowed here."""
+    optional: bool = False
+    """Whether the others are measured without it where it does not start; see `failed`."""
+    cluster: bool = False
+    """Whether it brings a Ray along, which takes longest to start."""
     rounds: list[Measured] = field(default_factory=list)
     about: str = ""
+    failed: str = ""
+    """Why an optional one did not start."""
+    is_ready: bool = False
+    process: "subprocess.Popen[str] | None" = None
 
-    def __enter__(self) -> "Driver":
+    def launch(self, core: int | None = None) -> None:
+        """Start it and come back at once; `ready` waits. It has `core` to itself until it is ready."""
         self.mark = uuid.uuid4().hex
-        code = [*_one_core(), self.python, "-m", self.module, *self.arguments]
+        where = ["taskset", "-c", str(_measured() if core is None else core)] if self.pinned else []
         path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-        environment = os.environ | ONE_THREAD | {"PYTHONPATH": path, MARK: self.mark}
+        environment = os.environ | ONE_THREAD | KEEP | {"PYTHONPATH": path, MARK: self.mark}
         self.process = subprocess.Popen(
-            code,
+            [*where, self.python, "-m", self.module, *self.arguments],
             cwd=ROOT,
             env=environment,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+
+    def ready(self) -> None:
+        """Wait until it has delivered its first batch. RuntimeError if it ends before."""
+        if self.is_ready:
+            return
         try:
             self.about = self._answer()["ready"]
+            self.is_ready = True
+        except RuntimeError as error:
+            if not self.optional:
+                raise
+            self.failed = str(error)
+        if self.pinned and self.is_ready:
+            move(self.mark, _measured())
+
+    def start(self, core: int) -> None:
+        """Launch it, and wait until it is ready."""
+        self.launch(core)
+        self.ready()
+
+    def __enter__(self) -> "Driver":
+        self.launch()
+        try:
+            self.ready()
         except BaseException:
-            self._close()
+            self.close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
-        """A driver ends where its commands do."""
+    def dismiss(self) -> None:
+        """Tell it that there are no more commands; it ends by itself."""
+        assert self.process
         assert self.process.stdin
+        if not self.process.stdin.closed:
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+    def close(self) -> None:
+        """Dismiss it and wait for its end."""
+        assert self.process
         assert self.process.stdout
-        self.process.stdin.close()
+        self.dismiss()
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
@@ -96,12 +140,14 @@ class Driver:
 
     def ask(self, command: str) -> dict[str, Any]:
         """The answer to one command."""
+        assert self.process
         assert self.process.stdin
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
+        assert self.process
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
@@ -125,13 +171,48 @@ def in_turns(drivers: Sequence[Driver], *, rounds: int, seconds: float) -> dict[
     return {driver.name: driver.ask("memory") for driver in drivers}
 
 
-def started(drivers: Sequence[Driver]) -> ExitStack:
-    """All of `drivers`, running, for the body of a `with`."""
-    with ExitStack() as stack:
-        for driver in drivers:
-            stack.enter_context(driver)
-        return stack.pop_all()
+@contextmanager
+def started(drivers: Sequence[Driver]) -> Iterator[None]:
+    """All of `drivers`, running, for the body of a `with`.
+
+    They start side by side, each on one core as it will be measured but not all on the same, those
+    with a Ray first and no more at a time than there are cores: a Ray that is starved while it starts gives
+    up. Those that are optional and do not start have `failed`.
+    """
+    cores = sorted(os.sched_getaffinity(0), reverse=True)
+    order = sorted(drivers, key=lambda driver: not driver.cluster)
+    try:
+        # One more, as a Ray that starts mostly waits.
+        with ThreadPoolExecutor(len(cores) + 1) as pool:
+            on = [cores[number % len(cores)] for number in range(len(order))]
+            for _ in pool.map(Driver.start, order, on):
+                pass
+        yield
+    finally:
+        running = [driver for driver in order if driver.process]
+        for driver in running:
+            driver.dismiss()
+        for driver in running:
+            driver.close()
 
 
-def _one_core() -> list[str]:
-    return ["taskset", "-c", str(max(os.sched_getaffinity(0)))]
+def move(mark: str, core: int) -> None:
+    """Leave `core` alone to every thread of every process that carries `mark`."""
+    moved: set[str] = set()
+    while fresh := {thread.name for folder in marked(mark) for thread in _threads(folder)} - moved:
+        for thread in fresh:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), {core})
+        moved |= fresh
+
+
+def _threads(process: Path) -> list[Path]:
+    try:
+        return list((process / "task").iterdir())
+    except OSError:
+        return []
+
+
+def _measured() -> int:
+    """The core on which drivers are measured."""
+    return max(os.sched_getaffinity(0))

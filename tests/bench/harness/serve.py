@@ -26,6 +26,7 @@ def serve(
     deliveries: Callable[[], Iterator[Delivery]],
     *,
     window: int = 1,
+    first: int = 1,
     origins: Callable[[Any], Iterable[int]] | None = None,
     whole: bool = False,
     about: str = "",
@@ -36,7 +37,8 @@ def serve(
 
     `deliveries` starts one pass over the data; passes follow each other without end. A round ends
     where a multiple of `window` batches was delivered: what a loader decodes at a time, so that it is
-    paid for in the round that uses it. `whole` counts the CPU time of all descendants too.
+    paid for in the round that uses it. `first` batches, which open files and compile, come before all
+    rounds. `whole` counts the CPU time of all descendants too.
     """
     commands = commands or sys.stdin
     answers = answers or os.fdopen(os.dup(1), "w")
@@ -48,7 +50,8 @@ def serve(
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    next(endless)  # the first batch opens files and compiles
+    for _ in range(first):
+        next(endless)
     answer(ready=about)
     for line in commands:
         name, _, value = line.strip().partition(" ")
