@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import pyarrow as pa
 
-from cellray.data.chunks import part
+from cellray.data.chunks import Numbers
 from cellray.data.shards import BATCH, pack
 from tests.bench.harness.serve import Delivery, serve
 
@@ -40,10 +40,11 @@ def deliveries(batches: list[pa.RecordBatch], paths: list[str]) -> Iterator[Deli
     for path in paths:
         with h5py.File(path, "r") as file:
             ends = file["X/indptr"][:]
+            arrays = [Numbers(file[f"X/{name}"]) for name in ("data", "indices")]
             for first in range(0, len(ends) - 1, CELLS):
                 last = min(first + CELLS, len(ends) - 1)
                 own = (int(ends[first]), int(ends[last]))
-                data, indices = (part(file[f"X/{name}"], *own) for name in ("data", "indices"))
+                data, indices = (array.part(*own) for array in arrays)
                 assert len(data) == len(indices)
                 assert pack(portion(batches, last - first), batches[0].schema)
                 yield last - first, len(indices), None
