@@ -140,7 +140,8 @@ def run_stage(
     lead, world = workers.rank() == 0, workers.world()
     saved = told = began = time.monotonic()
     before = meter.seconds
-    with Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
+    saver = checkpoint.Saver(folder, recipe.checkpoint_keep)
+    with saver, Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
         waited = meter.waited
         for share in feed:
             for group in optimizer.param_groups:
@@ -164,9 +165,12 @@ def run_stage(
                     }
                 )
             if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
-                checkpoint.save(folder, done, root, optimizer, {"key": key, "meter": vars(meter)})
+                saver.save(done, root, optimizer, {"key": key, "meter": vars(meter)})
                 saved = time.monotonic()
-                emit({"stage": stage.name, "saved": done})
+            for event in saver.events():
+                emit({"stage": stage.name, **event})
+    for event in saver.events():
+        emit({"stage": stage.name, **event})
     facts: dict[str, Any] = {
         "name": stage.name,
         "key": key,

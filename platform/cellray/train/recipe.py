@@ -270,6 +270,8 @@ class Recipe:
     """Of the matrix products in training; auto takes bf16 where the hardware multiplies it faster."""
     checkpoint_seconds: float = 30.0
     """Most seconds of work that a kill may cost."""
+    checkpoint_keep: int = 2
+    """Checkpoints of the stage under way that stay; older ones serve where newer ones are damaged."""
     stages: tuple[str, ...] = ("unimodal", "joint", "distil")
     """Stages to run now; those before them must have finished."""
     modalities: tuple[Modality, ...] = BUILT_IN
@@ -291,6 +293,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)
         _within("threads", self.threads, 1, 1024)
+        _within("checkpoint_keep", self.checkpoint_keep, 1, 1000)
         names = [m.name for m in self.modalities]
         if len(set(names)) < len(names) or "rna" not in names:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
@@ -305,6 +308,7 @@ LAUNCH = (
     "threads",
     "gpu",
     "checkpoint_seconds",
+    "checkpoint_keep",
     "stages",
     "notes",
 )
