@@ -121,7 +121,8 @@ def test_a_manifest_that_is_none_is_passed_over_and_told_of(tmp_path, text, says
 
 def test_a_checkpoint_of_other_work_is_passed_over_and_told_of(tmp_path):
     saved = two(tmp_path)
-    checkpoint.save(str(tmp_path), 9, *module(9, 9), {"key": "other"})
+    model, optimizer = module(9, 9)
+    checkpoint.save(str(tmp_path), 9, model, optimizer, {"key": "other"})
     step, told = check(tmp_path, saved)
     assert step == 6
     assert "00000009 belongs to other settings" in told[0]
@@ -164,7 +165,8 @@ def test_a_snapshot_does_not_change_with_the_model(tmp_path):
 def test_what_is_written_in_the_background_is_what_was_when_it_was_asked_for(tmp_path, monkeypatch):
     model, optimizer = module()
     before = numbers(checkpoint.snapshot(model, optimizer))
-    about = {"key": KEY, "meter": {"rows": [1]}}
+    rows = [1]
+    about = {"key": KEY, "meter": {"rows": rows}}
     gate, write = threading.Event(), checkpoint.write
 
     def slow(*args, **more):
@@ -176,7 +178,7 @@ def test_what_is_written_in_the_background_is_what_was_when_it_was_asked_for(tmp
         saver.save(3, model, optimizer, about)
         with torch.no_grad():
             model.weight.zero_()
-        about["meter"]["rows"].append(2)
+        rows.append(2)
         assert saver.events() == []
         gate.set()
     assert saver.events() == [{"saved": 3}]

@@ -141,8 +141,14 @@ class Optim:
     """Share of a stage's steps over which the rate rises."""
     clip: float = 1.0
     """Gradients are scaled down to this norm."""
+    spike: float = 20.0
+    """Batches whose gradient has a norm this many times the usual one are skipped; 0 for none."""
+    skips: int = 10
+    """Batches that may be skipped in a row, for that or since the loss is no number; then training ends."""
 
     def __post_init__(self) -> None:
+        _within("optim.spike", self.spike, 0.0, 1e9)
+        _within("optim.skips", self.skips, 0, 1 << 20)
         _within("optim.lr", self.lr, 1e-8, 1.0)
         _within("optim.warmup", self.warmup, 0.0, 0.9)
 
