@@ -9,6 +9,7 @@ import pytest
 
 from cellray.data import storage
 from cellray.train import checkpoint
+from cellray.train.ending import TERMINATED
 from tests import stores
 from tests.conftest import ROOT
 
@@ -66,15 +67,39 @@ def killed(process):
         os.kill(pid, signal.SIGKILL)
 
 
+def await_checkpoints(folder, process, number=2):
+    """Wait until a stage has that many."""
+    deadline = time.monotonic() + 200
+    while len(checkpoint.steps(folder)) < number:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_told_to_end_saves_and_is_gone_in_time(tmp_path):
+    stores.write(str(tmp_path / "store"))
+    folder = str(tmp_path / "checkpoints" / "unimodal-rna")
+    long = ["unimodal.epochs=200", "checkpoint_seconds=1"]
+    process = command(tmp_path, *settings(tmp_path)[:1], *long)
+    await_checkpoints(folder, process, 1)
+    before = checkpoint.steps(folder)[-1]
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == TERMINATED, said
+    waited = time.monotonic() - begun
+    print(f"\ngone after {waited:.1f} s")
+    assert waited < 30, "what Kubernetes waits for if it is not told otherwise"
+    assert "told to end" in said
+    assert checkpoint.steps(folder)[-1] > before
+    assert not of(process.pid)
+
+
 def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     stores.write(str(tmp_path / "store"))
     first = command(tmp_path, *settings(tmp_path))
     folder = str(tmp_path / "checkpoints" / "joint")
-    deadline = time.monotonic() + 200
-    while len(checkpoint.steps(folder)) < 2:
-        assert first.poll() is None, first.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    await_checkpoints(folder, first)
     killed(first)
     reached = checkpoint.steps(folder)[-1]
     assert not storage.exists(str(tmp_path / "stages" / "joint" / "stage.json"))

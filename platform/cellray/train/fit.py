@@ -1,6 +1,7 @@
 """One stage as a straight loop: batches in, updates, checkpoints, a committed model out. No Ray."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import nn
 
 from cellray.data.store import Store
 from cellray.train import checkpoint, workers
+from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
@@ -125,11 +127,19 @@ class Meter:
 
 
 def run_stage(
-    stage: Stage, root: nn.Module, run: Run, *, started_from: str, eligible: np.ndarray, emit: Emit
+    stage: Stage,
+    root: nn.Module,
+    run: Run,
+    *,
+    started_from: str,
+    eligible: np.ndarray,
+    emit: Emit,
+    stop: threading.Event,
 ) -> dict[str, Any]:
     """Train one stage to its end and commit it; returns what `stage.json` holds.
 
     Goes on from the newest whole checkpoint, so a run that was killed ends as if it had not been.
+    When `stop` is set, in any worker, all end with Stopped after a last checkpoint.
     """
     recipe, folder = run.recipe, run.path("checkpoints", stage.name)
     key = run.key(stage.name, started_from)
@@ -185,8 +195,13 @@ def run_stage(
             if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
                 saver.save(done, root, optimizer, {"key": key, "meter": vars(meter), "skips": skips.state})
                 saved = time.monotonic()
+            leaving = done < plan.steps and workers.agreed(stop.is_set())
+            if lead and leaving:
+                saver.last(done, root, optimizer, {"key": key, "meter": vars(meter), "skips": skips.state})
             for event in saver.events():
                 emit({"stage": stage.name, **event})
+            if leaving:
+                raise Stopped
     for event in saver.events():
         emit({"stage": stage.name, **event})
     facts: dict[str, Any] = {

@@ -11,9 +11,11 @@ import torch
 
 from cellray.train import workers
 from cellray.train.chain import chain
+from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
 from cellray.train.recipe import Recipe, from_json, to_json
 from cellray.train.run import Run
+from cellray.train.skips import Diverged
 
 
 class Board:
@@ -22,11 +24,10 @@ class Board:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.stopping = False
+        self.error = ""
 
-    def push(self, event: Event) -> bool:
-        """Note an event; True if the workers should stop."""
+    def push(self, event: Event) -> None:
         self.events.append(event)
-        return self.stopping
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -38,9 +39,12 @@ class Board:
     def stopped(self) -> bool:
         return self.stopping
 
+    def fail(self, why: str) -> None:
+        """Note why the run cannot go on, not even if it is started again."""
+        self.error = why
 
-class Stopped(Exception):
-    """The first worker was told to stop."""
+    def failed(self) -> str:
+        return self.error
 
 
 @contextlib.contextmanager
@@ -69,6 +73,28 @@ def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[Non
         thread.join(timeout=10)
 
 
+@contextlib.contextmanager
+def _listening(board: Any) -> Iterator[threading.Event]:
+    """An event that is set, while the body runs, when the workers should stop."""
+    import ray
+
+    stop, over = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        while not over.wait(0.25):
+            if ray.get(board.stopped.remote()):
+                stop.set()
+                return
+
+    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        over.set()
+        thread.join(timeout=10)
+
+
 def worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray
@@ -81,15 +107,17 @@ def worker(config: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
 
     def emit(event: Event) -> None:
-        if workers.rank() == 0 and ray.get(board.push.remote(event)):
-            raise Stopped
+        if workers.rank() == 0:
+            ray.get(board.push.remote(event))
 
     try:
-        chain(Run(recipe), emit, device)
+        with _listening(board) as stop:
+            chain(Run(recipe), emit, device, stop)
     except Stopped:
-        # The others wait for this one in an exchange. Failing ends them; all return when started again.
-        if workers.world() > 1:
-            raise
+        pass  # all of them, at the same step
+    except Diverged as error:
+        # As an error of the worker it would be tried again, and come to the same.
+        ray.get(board.fail.remote(str(error)))
     ray.train.report({"finished": True})
 
 
@@ -99,7 +127,8 @@ def train(
     """Run the chain on Ray Train; Ray must be connected. `on_event` hears of progress, in this process.
 
     Running it again goes on where it stopped. Workers that die are started again and resume
-    from the newest checkpoint. Setting `stop`, from another thread, ends it before it is done.
+    from the newest checkpoint. Setting `stop`, from another thread or by a signal, ends it before it
+    is done, with a checkpoint. Diverged (a ValueError) if too many batches in a row were of no use.
     Killing this process ends the workers too, but where Ray has no dashboard their CPUs stay
     taken until the whole job ends.
     """
@@ -126,4 +155,7 @@ def train(
             ),
         )
         trainer.fit()
+    error = ray.get(board.failed.remote())
     ray.kill(board)
+    if error:
+        raise Diverged(error)
