@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cellray.train import workers
+from cellray.train import lease, workers
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
@@ -25,9 +25,16 @@ class Board:
         self.events: list[Event] = []
         self.stopping = False
         self.error = ""
+        self.gains: set[tuple[str, int]] = set()
 
     def push(self, event: Event) -> None:
         self.events.append(event)
+        if "saved" in event:
+            self.gains.add((event["stage"], event["saved"]))
+
+    def gained(self) -> int:
+        """Checkpoints of which there was none before."""
+        return len(self.gains)
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -48,7 +55,7 @@ class Board:
 
 
 @contextlib.contextmanager
-def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
+def _watching(board: Any, on_event: Emit, *stops: threading.Event) -> Iterator[None]:
     """Pass events on while the body runs, and those left at its end; tell the workers when to stop."""
     import ray
 
@@ -57,7 +64,7 @@ def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[Non
     def watch() -> None:
         while True:
             last = over.wait(0.25)
-            if stop.is_set():
+            if any(stop.is_set() for stop in stops):
                 ray.get(board.stop.remote())
             for event in ray.get(board.take.remote()):
                 on_event(event)
@@ -128,34 +135,63 @@ def train(
 
     Running it again goes on where it stopped. Workers that die are started again and resume
     from the newest checkpoint. Setting `stop`, from another thread or by a signal, ends it before it
-    is done, with a checkpoint. Diverged (a ValueError) if too many batches in a row were of no use.
-    Killing this process ends the workers too, but where Ray has no dashboard their CPUs stay
-    taken until the whole job ends.
+    is done, with a checkpoint. Killing this process ends the workers too, but where Ray has no
+    dashboard their CPUs stay taken until the whole job ends.
+
+    ValueError if another process drives the run, or takes it over, and Diverged, which is one, if too
+    many batches in a row were of no use.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     run = Run(recipe)
     run.claim()
     _ = run.test
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    with (
-        tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch,
-        _watching(board, on_event, stop or threading.Event()),
-    ):
-        trainer = TorchTrainer(
-            worker,
-            train_loop_config={"recipe": to_json(recipe) | {"run": run.url}, "board": board},
-            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=recipe.gpu),
-            run_config=RunConfig(
-                name=f"cellray-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=3),
-            ),
-        )
-        trainer.fit()
-    error = ray.get(board.failed.remote())
-    ray.kill(board)
+    stop, lost = stop or threading.Event(), threading.Event()
+
+    def say(text: str) -> None:
+        on_event({"stage": "run", "warning": text})
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lease.held(run.url, say, stop=stop, lost=lost))
+        except Stopped:
+            return
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        with _watching(board, on_event, stop, lost):
+            _fit(run, board)
+        error = ray.get(board.failed.remote())
+        ray.kill(board)
     if error:
         raise Diverged(error)
+    if lost.is_set():
+        raise ValueError(
+            f"{run.url} was taken over by another driver, as this one had shown no sign of life for "
+            f"{lease.EXPIRY:.0f} s; that one goes on with it"
+        )
+
+
+def _fit(run: Run, board: Any) -> None:
+    """Run the workers to their end. They may fail as often as they like while they get further."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch:
+        while True:
+            gained = ray.get(board.gained.remote())
+            trainer = TorchTrainer(
+                worker,
+                train_loop_config={"recipe": to_json(run.recipe) | {"run": run.url}, "board": board},
+                scaling_config=ScalingConfig(num_workers=run.recipe.workers, use_gpu=run.recipe.gpu),
+                run_config=RunConfig(
+                    name=f"cellray-{uuid.uuid4().hex[:8]}",
+                    storage_path=scratch,
+                    failure_config=FailureConfig(max_failures=3),
+                ),
+            )
+            try:
+                trainer.fit()
+                return
+            except TrainingFailedError:
+                if ray.get(board.gained.remote()) == gained:
+                    raise
