@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 
-from cellray.data import storage
+from cellray.data import faults, storage
 from cellray.train import checkpoint
+from tests import proxy
 
 KEY = "k"
 
@@ -203,6 +204,35 @@ def test_a_store_that_fails_is_told_of_and_tried_again(tmp_path):
         saver.save(3, model, optimizer, {"key": KEY})
     assert saver.events() == [{"saved": 3}]
     assert checkpoint.steps(str(folder)) == [3]
+
+
+def test_a_bucket_that_is_down_for_a_while_costs_a_checkpoint_and_no_more(monkeypatch):
+    monkeypatch.setattr(faults, "DEADLINE", 0.3)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    model, optimizer = module()
+    with (
+        proxy.object_store() as upstream,
+        proxy.proxy(upstream) as server,
+        proxy.pointed(server.server_port, read_timeout=0.5),
+    ):
+        storage.locate("s3://runs")[0].mkdir("runs")
+        with checkpoint.Saver("s3://runs/joint", 2) as saver:
+            saver.save(1, model, optimizer, {"key": KEY})
+            saver._join(None)
+            server.plan = proxy.Plan(1.0, {"error": 1})
+            saver.save(2, model, optimizer, {"key": KEY})
+            saver._join(None)
+            server.plan = None
+            saver.save(3, model, optimizer, {"key": KEY})
+        told = saver.events()
+        assert [next(iter(event)) for event in told] == ["saved", "warning", "saved"]
+        assert "checkpoint of step 2 could not be written" in told[1]["warning"]
+        assert checkpoint.steps("s3://runs/joint") == [1, 3]
+        found = checkpoint.newest("s3://runs/joint", KEY, pytest.fail)
+        assert found is not None
+        server.plan = proxy.Plan(1.0, {"error": 1})
+        with pytest.raises(OSError, match="could not be reached"):
+            checkpoint.newest("s3://runs/joint", KEY, pytest.fail)
 
 
 def test_a_write_that_hangs_holds_training_up_once(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def test_a_driver_elsewhere_that_died_makes_room_after_a_while(tmp_path):
     with held(tmp_path):
         facts = files(tmp_path)["000001.json"]
     lease._write(str(tmp_path / "drivers"), 1, facts | {"machine": "another", "host": "far"})
-    begun, said = time.monotonic(), []
+    said: list[str] = []
+    begun = time.monotonic()
     with held(tmp_path, said):
         assert EXPIRY <= time.monotonic() - begun < 2 * EXPIRY
         assert list(files(tmp_path)) == ["000002.json"]
