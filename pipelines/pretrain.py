@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from cellray import cluster
+from cellray.train.ending import TERMINATED, on_terminate
 from cellray.train.progress import Line, Progress
 from cellray.train.recipe import Recipe
 from pipelines.command import Options, main
@@ -48,10 +49,17 @@ class Watch:
 
 
 def pretrain(recipe: Recipe, progress: Progress) -> None:
-    """Train what the recipe asks for. Ray must be connected."""
+    """Train what the recipe asks for. Ray must be connected.
+
+    A SIGTERM ends it, and this process, after a last checkpoint.
+    """
     from cellray.train.loop import train
 
-    train(recipe, Watch(progress))
+    with on_terminate() as told:
+        train(recipe, Watch(progress), stop=told)
+    if told.is_set():
+        progress.say("told to end: the same command goes on from here")
+        raise SystemExit(TERMINATED)
 
 
 def run(recipe: Recipe, options: Options) -> None:

@@ -1,14 +1,19 @@
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from cellray.data import storage
-from cellray.train import checkpoint
+from cellray.train import checkpoint, lease
+from cellray.train.chain import chain
+from cellray.train.ending import TERMINATED
 from tests import stores
 from tests.conftest import ROOT
 
@@ -66,15 +71,39 @@ def killed(process):
         os.kill(pid, signal.SIGKILL)
 
 
+def await_checkpoints(folder, process, number=2):
+    """Wait until a stage has that many."""
+    deadline = time.monotonic() + 200
+    while len(checkpoint.steps(folder)) < number:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_told_to_end_saves_and_is_gone_in_time(tmp_path):
+    stores.write(str(tmp_path / "store"))
+    folder = str(tmp_path / "checkpoints" / "unimodal-rna")
+    long = ["unimodal.epochs=200", "checkpoint_seconds=1"]
+    process = command(tmp_path, *settings(tmp_path)[:1], *long)
+    await_checkpoints(folder, process, 1)
+    before = checkpoint.steps(folder)[-1]
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == TERMINATED, said
+    waited = time.monotonic() - begun
+    print(f"\ngone after {waited:.1f} s")
+    assert waited < 30, "what Kubernetes waits for if it is not told otherwise"
+    assert "told to end" in said
+    assert checkpoint.steps(folder)[-1] > before
+    assert not of(process.pid)
+
+
 def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     stores.write(str(tmp_path / "store"))
     first = command(tmp_path, *settings(tmp_path))
     folder = str(tmp_path / "checkpoints" / "joint")
-    deadline = time.monotonic() + 200
-    while len(checkpoint.steps(folder)) < 2:
-        assert first.poll() is None, first.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    await_checkpoints(folder, first)
     killed(first)
     reached = checkpoint.steps(folder)[-1]
     assert not storage.exists(str(tmp_path / "stages" / "joint" / "stage.json"))
@@ -90,6 +119,76 @@ def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path
     assert resumed < joint["steps"]
     assert joint["curve"][-1]["step"] == joint["steps"]
     assert checkpoint.committed(str(tmp_path / "stages" / "distil")) is not None
+
+
+def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path):
+    stores.write(str(tmp_path / "store"))
+    words = [f"run={tmp_path}", "stages=unimodal", "unimodal.epochs=1"]
+    with lease.held(str(tmp_path), pytest.fail, stop=threading.Event(), lost=threading.Event()):
+        second = command(tmp_path, *words)
+        said, _ = second.communicate(timeout=200)
+        assert second.returncode == 2, said
+        assert said.startswith("error: ")
+        assert f"{tmp_path} is being trained by process {os.getpid()} on" in said
+    assert not storage.exists(str(tmp_path / "stages"))
+
+
+def kills(session, draw, number):
+    """Kill a training worker of the session at random times, `number` times; how often one was there."""
+    done, deadline = 0, time.monotonic() + 60 * number
+    while done < number and time.monotonic() < deadline:
+        time.sleep(draw.uniform(0.0, 1.0))
+        found = [pid for pid, name in of(session).items() if "RayTrainWorker" in name]
+        if found:
+            os.kill(draw.choice(found), signal.SIGKILL)
+            done += 1
+            while any("RayTrainWorker" in of(session).get(pid, "") for pid in found):
+                time.sleep(0.05)
+    return done
+
+
+def outcome(folder):
+    """Hash of the weights and loss curve of every stage."""
+    names = ("unimodal-rna", "unimodal-atac", "unimodal-protein", "joint", "distil", "control")
+    facts = {name: checkpoint.committed(str(folder / "stages" / name)) for name in names}
+    return {name: (found["sha256"], found["curve"]) for name, found in facts.items() if found is not None}
+
+
+def test_a_worker_that_is_killed_changes_neither_weights_nor_losses(tmp_path):
+    changes = {"stages": "unimodal", "unimodal.epochs": "20", "workers": "1", "checkpoint_seconds": "0.1"}
+    whole = stores.run(tmp_path / "whole", **changes)
+    chain(whole, lambda event: None)
+    stores.write(str(tmp_path / "broken" / "store"))
+    words = [f"{key}={value}" for key, value in changes.items()]
+    process = command(tmp_path, f"run={tmp_path / 'broken'}", *words)
+    await_checkpoints(str(tmp_path / "broken" / "checkpoints" / "unimodal-rna"), process, 1)
+    assert kills(process.pid, random.Random(0), 1) == 1
+    said, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, said
+    assert "goes on from step" in said
+    assert len(outcome(tmp_path / "whole")) == 3
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_change_neither_weights_nor_losses(tmp_path):
+    """30 kills of two workers at random times, five a run: more than Ray Train lets pass by itself."""
+    draw, wanted, done = random.Random(0), None, 0
+    while done < 30 or wanted is None:
+        folder = tmp_path / f"{done}"
+        stores.write(str(folder / "store"))
+        process = command(folder, *settings(folder), "unimodal.epochs=30", "joint.epochs=60")
+        mine = 0 if wanted is None else kills(process.pid, draw, 5)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        if wanted is None:
+            wanted = outcome(folder)
+            assert len(wanted) == 6
+            shutil.rmtree(folder)
+            continue
+        assert outcome(folder) == wanted
+        done += mine
+    print(f"\n{done} kills, all runs bit for bit the undisturbed one")
 
 
 def test_a_run_without_a_store_says_what_to_do(tmp_path):

@@ -1,5 +1,6 @@
 """The chain of stages that every worker runs, each from what the one before it came to. No Ray."""
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +10,19 @@ from torch import nn
 from cellray.data import arrow, storage
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint, workers
+from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, plan_of, run_stage
 from cellray.train.run import KINDS, Run
 from cellray.train.stages import Control, Distil, Joint, Stage, Unimodal, View
 from cellray.train.targets import TeacherVectors, read_table, teacher_table
 
 
-def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
-    """Every stage the recipe asks for, in order; finished ones are loaded, not repeated."""
+def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | None = None) -> None:
+    """Every stage the recipe asks for, in order; finished ones are loaded, not repeated.
+
+    When `stop` is set, in any worker, all end with Stopped after a last checkpoint.
+    """
+    stop = stop or threading.Event()
     recipe, store, train = run.recipe, run.store, ~run.test
     wanted = [kind for kind in KINDS if kind in recipe.stages]
     teacher = run.teacher().to(device)
@@ -25,11 +31,11 @@ def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
         unimodal = Unimodal(
             recipe.unimodal, teacher, run.tokenizer, modality, seed=recipe.seed, device=device
         )
-        origin = _stage(unimodal, teacher, run, origin, train, emit, "unimodal" in wanted)
+        origin = _stage(unimodal, teacher, run, origin, train, emit, stop, "unimodal" in wanted)
     if wanted == ["unimodal"]:
         return
     joint = Joint(recipe.joint, teacher, run.tokenizer, seed=recipe.seed, device=device)
-    origin = _stage(joint, teacher, run, origin, train, emit, "joint" in wanted)
+    origin = _stage(joint, teacher, run, origin, train, emit, stop, "joint" in wanted)
     if "distil" not in wanted:
         return
     student, control = run.student().to(device), run.student().to(device)
@@ -37,13 +43,20 @@ def chain(run: Run, emit: Emit, device: str = "cpu") -> None:
     for name in teacher.names:
         student.decoder(name).inherit(teacher.decoder(name), vectors.mean, vectors.spread)
     view = View(recipe.distil, student, run.tokenizer, seed=recipe.seed, device=device)
-    _stage(Distil(view, vectors), student, run, origin, train, emit, True)
+    _stage(Distil(view, vectors), student, run, origin, train, emit, stop, True)
     view = View(recipe.distil, control, run.tokenizer, seed=recipe.seed, device=device)
-    _stage(Control(view), control, run, store.hash, train, emit, True)
+    _stage(Control(view), control, run, store.hash, train, emit, stop, True)
 
 
 def _stage(
-    stage: Stage, root: nn.Module, run: Run, origin: str, eligible: np.ndarray, emit: Emit, wanted: bool
+    stage: Stage,
+    root: nn.Module,
+    run: Run,
+    origin: str,
+    eligible: np.ndarray,
+    emit: Emit,
+    stop: threading.Event,
+    wanted: bool,
 ) -> str:
     """Run a stage, or load it if it has finished; returns the hash of its model."""
     folder = run.path("stages", stage.name)
@@ -60,7 +73,9 @@ def _stage(
         raise ValueError(
             f"stage {stage.name} has not finished in {run.url}, and stages=… does not ask for it"
         )
-    facts = run_stage(stage, root, run, started_from=origin, eligible=eligible, emit=emit)
+    if workers.agreed(stop.is_set()):
+        raise Stopped
+    facts = run_stage(stage, root, run, started_from=origin, eligible=eligible, emit=emit, stop=stop)
     emit({"stage": stage.name, "finished": facts})
     return str(facts["sha256"])
 

@@ -2,10 +2,18 @@
 
 RUN/checkpoints/STAGE/STEP/state.safetensors, manifest.json     in the middle of a stage
 RUN/stages/STAGE/model.safetensors, stage.json                  when it is done
+
+A manifest holds the hash of every file and, in "sha256", that of all else it says: of a checkpoint
+that was changed in any bit nothing is used. What is in it fixes the rest of the stage: model,
+optimizer, the step (learning rate, batches and masks follow from it; nothing else is drawn at random),
+and what the loop counts.
 """
 
+import contextlib
 import json
 import re
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,58 +23,125 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cellray.data import storage
+from cellray.data.faults import retried
 
+STATE, MANIFEST = "state.safetensors", "manifest.json"
 KEEP = 2
-"""Whole checkpoints of a stage that stay."""
+"""Whole checkpoints of a stage that stay, unless told otherwise."""
+PATIENCE = 5.0
+"""Seconds that training waits, once, for a write that is still under way when the next is due."""
+GRACE = 7.0
+"""Seconds that a run that is told to stop waits for its last checkpoint."""
 
 
-def save(
-    folder: str, step: int, root: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
-) -> None:
-    """Write the checkpoint of `step`, then let old ones go."""
+def snapshot(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of model and optimizer as they are now, copied to the CPU's memory."""
     tensors = {f"model.{name}": value for name, value in root.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    data = to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return {
+        name: value.detach().to("cpu", copy=True).contiguous()  # a view of itself would go on changing
+        for name, value in tensors.items()
+    }
+
+
+def save(
+    folder: str,
+    step: int,
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    about: Mapping[str, Any],
+    *,
+    keep: int = KEEP,
+) -> None:
+    """Write the checkpoint of `step`, then let all but the newest `keep` whole ones go."""
+    write(folder, step, snapshot(root, optimizer), about, keep=keep)
+
+
+def write(
+    folder: str, step: int, tensors: dict[str, Tensor], about: Mapping[str, Any], *, keep: int = KEEP
+) -> None:
+    """`save` of a snapshot. `about` holds the `key` of the work, and what JSON brings back unchanged."""
+    data = to_bytes(tensors)
     here = storage.join(folder, f"{step:08d}")
-    storage.write_bytes(storage.join(here, "state.safetensors"), data)
-    manifest = {"step": step, "sha256": storage.sha256(data), **about}
-    storage.write_bytes(storage.join(here, "manifest.json"), json.dumps(manifest).encode())
-    for old in steps(folder)[:-KEEP]:
-        remove(storage.join(folder, f"{old:08d}"))
+    storage.write_bytes(storage.join(here, STATE), data)
+    manifest = {**about, "step": step, "files": {STATE: storage.sha256(data)}}
+    text = json.dumps({**manifest, "sha256": _hash(manifest)})
+    storage.write_bytes(storage.join(here, MANIFEST), text.encode())
+    with contextlib.suppress(OSError):  # what stays for now goes with the next
+        _tidy(folder, step, keep)
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    """Hash of what a manifest says, without that hash."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return storage.sha256(json.dumps(said, sort_keys=True).encode())
+
+
+def _tidy(folder: str, step: int, keep: int) -> None:
+    """Let all go but the newest `keep` checkpoints up to `step` that were written to the end.
+
+    One beyond `step` was passed over when the stage was gone on with, and never comes to use.
+    """
+    found = [s for s in steps(folder) if s <= step]
+    whole = [s for s in found if storage.exists(_place(folder, s, MANIFEST))]
+    for old in set(steps(folder)) - set(whole[-keep:]):
+        # Without its manifest it is none, however far the rest gets.
+        _remove_file(_place(folder, old, MANIFEST))
+        remove(_place(folder, old))
+
+
+def _place(folder: str, step: int, *parts: str) -> str:
+    return storage.join(folder, f"{step:08d}", *parts)
 
 
 def steps(folder: str) -> list[int]:
     """Steps of which a checkpoint was begun, rising."""
     fs, path = storage.locate(folder)
-    if not fs.isdir(path):
+    try:
+        entries = retried(folder, lambda: fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries]
     return sorted(int(name) for name in names if re.fullmatch(r"\d{8}", name))
 
 
 def newest(
     folder: str, key: str, report: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and manifest of the newest whole checkpoint of the work `key`; `report` hears of bad ones."""
+    """Tensors and manifest of the newest whole checkpoint of the work `key`; `report` hears of bad ones.
+
+    ConnectionError if a store cannot be reached: that says nothing about what is in it.
+    """
     for step in reversed(steps(folder)):
-        here = storage.join(folder, f"{step:08d}")
         try:
-            manifest = json.loads(storage.read_bytes(storage.join(here, "manifest.json")))
-            data = storage.read_bytes(storage.join(here, "state.safetensors"))
+            return _read(folder, step, key)
         except FileNotFoundError as error:
-            report(f"checkpoint {here} is not whole ({error.filename or error} is missing): passed over")
-            continue
-        except ValueError:
-            report(f"checkpoint {here} has an unreadable manifest: passed over")
-            continue
-        if storage.sha256(data) != manifest.get("sha256"):
-            report(f"checkpoint {here} does not have the hash in its manifest: passed over")
-        elif manifest.get("key") != key:
-            report(f"checkpoint {here} belongs to other settings: passed over")
-        else:
-            return from_bytes(data), manifest
+            why = f"is not whole ({error.filename or error} is missing)"
+        except ValueError as error:
+            why = str(error)
+        report(f"checkpoint {_place(folder, step)} {why}: passed over")
     return None
+
+
+def _read(folder: str, step: int, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and manifest of a checkpoint. ValueError or FileNotFoundError if it is not whole."""
+    text = storage.read_bytes(_place(folder, step, MANIFEST))
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("has an unreadable manifest") from None
+    if not isinstance(manifest, dict) or not {"step", "files", "key", "sha256"} <= manifest.keys():
+        raise ValueError("has a manifest in which things are missing")
+    if manifest["sha256"] != _hash(manifest) or manifest["step"] != step:
+        raise ValueError("has a manifest that was changed")
+    if manifest["key"] != key:
+        raise ValueError("belongs to other settings")
+    try:
+        data = storage.read_verified(_place(folder, step, STATE), manifest["files"][STATE])
+    except ValueError as error:
+        raise ValueError(f"was changed ({error})") from None
+    return from_bytes(data), manifest
 
 
 def restore(tensors: Mapping[str, Tensor], root: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -80,6 +155,95 @@ def restore(tensors: Mapping[str, Tensor], root: nn.Module, optimizer: torch.opt
             found.setdefault(int(index), {})[part] = tensor
     state = optimizer.state_dict()
     optimizer.load_state_dict({"state": found, "param_groups": state["param_groups"]})
+
+
+class Saver:
+    """Writes checkpoints of one stage while training goes on; use as a context manager.
+
+    `save` copies what is to be saved and returns; a thread writes it. A store that fails does not end
+    the training: `events` tells of it, and the next `save` tries again.
+    """
+
+    def __init__(self, folder: str, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._waited = False
+        self._error: BaseException | None = None
+        self._told: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A write that hangs is given up by the storage in the end; who was interrupted has no time for that.
+        self._join(None if kind is None else GRACE)
+
+    def save(
+        self, step: int, root: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+    ) -> None:
+        """Begin to write the checkpoint of `step`; the one before is waited for, up to PATIENCE.
+
+        Where that is not written by then, as a store hangs, this one is left out.
+        """
+        if not self._join(0.0 if self._waited else PATIENCE):
+            if not self._waited:
+                self._warn(f"checkpoint of step {self._step} is still being written; training goes on")
+            self._waited = True
+            return
+        tensors = snapshot(root, optimizer)
+        # As text: what it was made of goes on changing.
+        self._begin(step, tensors, json.loads(json.dumps(about)))
+
+    def last(
+        self, step: int, root: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+    ) -> None:
+        """Write the checkpoint of `step` and wait for it, GRACE in all: the process is about to end."""
+        until = time.monotonic() + GRACE
+        if self._join(GRACE / 2):
+            self._begin(step, snapshot(root, optimizer), about)
+            if self._join(until - time.monotonic()):
+                return
+        self._warn(f"checkpoint of step {step} could not be written in time: an older one will be used")
+
+    def events(self) -> list[dict[str, Any]]:
+        """What is to be told since the last call: `saved` steps, `warning` texts."""
+        self._join(0.0)
+        told, self._told = self._told, []
+        return told
+
+    def _begin(self, step: int, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+        self._step, self._waited = step, False
+
+        def work() -> None:
+            try:
+                write(self.folder, step, tensors, about, keep=self.keep)
+            except BaseException as error:  # it is raised, or told of, in the thread that asks
+                self._error = error
+
+        # A daemon: a write that hangs must not keep a process that was told to end.
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _join(self, seconds: float | None) -> bool:
+        """Wait for the write under way; whether there is none any more. Raises what is no store's fault."""
+        if self._thread is None:
+            return True
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
+        self._thread = None
+        error, self._error = self._error, None
+        if error is None:
+            self._told.append({"saved": self._step})
+        elif isinstance(error, OSError):
+            self._warn(f"checkpoint of step {self._step} could not be written ({error}); training goes on")
+        else:
+            raise error
+        return True
+
+    def _warn(self, text: str) -> None:
+        self._told.append({"warning": text})
 
 
 def commit(folder: str, root: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,3 +286,11 @@ def remove(folder: str) -> None:
     fs, path = storage.locate(folder)
     if fs.exists(path):
         fs.rm(path, recursive=True)
+
+
+def _remove_file(url: str) -> None:
+    fs, path = storage.locate(url)
+    try:
+        fs.rm_file(path)
+    except FileNotFoundError:
+        return

@@ -1,6 +1,7 @@
 """One stage as a straight loop: batches in, updates, checkpoints, a committed model out. No Ray."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from torch import nn
 
 from cellray.data.store import Store
 from cellray.train import checkpoint, workers
+from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
+from cellray.train.skips import Skips
 from cellray.train.stages import Stage, key_of
 
 Event = dict[str, Any]
@@ -24,12 +27,23 @@ Emit = Callable[[Event], None]
 
 ROWS = 200
 """Points of a stage's loss curve."""
+NAMED = 8
+"""Cells that a warning about a batch names."""
 
 
 def step(
-    stage: Stage, share: Share, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, clip: float
+    stage: Stage,
+    share: Share,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    skips: Skips | None = None,
 ) -> dict[str, float]:
-    """One optimiser update. Losses are means over the targets of all workers."""
+    """One optimiser update. Losses are means over the targets of all workers.
+
+    A step that `skips` does not let pass changes nothing but `skips`; it takes what is finite by default.
+    """
+    skips = skips or Skips(0, 0.0)
     losses = stage.losses(share.batch, share.step)
     sums = torch.stack([loss.sum.detach().double().cpu() for loss in losses.values()])
     counts = torch.tensor([loss.count for loss in losses.values()], dtype=torch.float64)
@@ -40,17 +54,15 @@ def step(
     assert isinstance(whole, torch.Tensor)
     means = (sums / counts.clamp_min(1.0)).tolist()
     value = sum(loss.weight * mean for loss, mean in zip(losses.values(), means, strict=True))
-    if not math.isfinite(value):
-        parts = dict(zip(losses, means, strict=True))
-        raise FloatingPointError(
-            f"{stage.name} step {share.step}: the loss is {value} ({parts}); lower optim.lr"
-        )
-    whole.backward()
-    workers.sum_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
+    norm = math.nan
+    if skips.allows(value):
+        whole.backward()
+        workers.sum_gradients(parameters)
+        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+        if skips.allows(value, norm):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": value, **dict(zip(losses, means, strict=True)), "gradient_norm": float(norm)}
+    return {"loss": value, **dict(zip(losses, means, strict=True)), "gradient_norm": norm}
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -115,11 +127,19 @@ class Meter:
 
 
 def run_stage(
-    stage: Stage, root: nn.Module, run: Run, *, started_from: str, eligible: np.ndarray, emit: Emit
+    stage: Stage,
+    root: nn.Module,
+    run: Run,
+    *,
+    started_from: str,
+    eligible: np.ndarray,
+    emit: Emit,
+    stop: threading.Event,
 ) -> dict[str, Any]:
     """Train one stage to its end and commit it; returns what `stage.json` holds.
 
     Goes on from the newest whole checkpoint, so a run that was killed ends as if it had not been.
+    When `stop` is set, in any worker, all end with Stopped after a last checkpoint.
     """
     recipe, folder = run.recipe, run.path("checkpoints", stage.name)
     key = run.key(stage.name, started_from)
@@ -129,30 +149,39 @@ def run_stage(
     parameters, optimizer = adamw(stage.trained(), recipe.optim)
     plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
     meter, first = Meter(), 0
+    # A stage none of whose batches could be used has not been trained.
+    skips = Skips(min(recipe.optim.skips, plan.steps - 1), recipe.optim.spike)
     found = checkpoint.newest(folder, key, lambda text: emit({"stage": stage.name, "warning": text}))
     if found is not None:
         tensors, about = found
         checkpoint.restore(tensors, root, optimizer)
         meter, first = Meter(**about["meter"]), about["step"]
+        skips.restore(about["skips"])
         emit({"stage": stage.name, "resumed": first})
     device = next(root.parameters()).device.type
     halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(device))
     lead, world = workers.rank() == 0, workers.world()
     saved = told = began = time.monotonic()
     before = meter.seconds
-    with Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
+    saver = checkpoint.Saver(folder, recipe.checkpoint_keep)
+    with saver, Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
         waited = meter.waited
         for share in feed:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe.optim, share.step, plan.steps)
             with torch.autocast(device, torch.bfloat16, enabled=halved):
-                losses = step(stage, share, parameters, optimizer, recipe.optim.clip)
+                losses = step(stage, share, parameters, optimizer, recipe.optim.clip, skips)
             now = time.monotonic()
             meter.seconds, meter.waited = before + now - began, waited + feed.waited
             meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
-            meter.add(share.step, plan.steps, losses)
             done = share.step + 1
-            if lead and (now - told > 0.5 or done == plan.steps):
+            if skips.why:
+                if lead:
+                    emit(skipped(run.store, plan, stage, share.step, skips.why))
+                skips.check(f"{stage.name} step {share.step}")
+            else:
+                meter.add(share.step, plan.steps, losses)
+            if lead and not skips.why and (now - told > 0.5 or done == plan.steps):
                 told = now
                 emit(
                     {
@@ -164,9 +193,17 @@ def run_stage(
                     }
                 )
             if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
-                checkpoint.save(folder, done, root, optimizer, {"key": key, "meter": vars(meter)})
+                saver.save(done, root, optimizer, {"key": key, "meter": vars(meter), "skips": skips.state})
                 saved = time.monotonic()
-                emit({"stage": stage.name, "saved": done})
+            leaving = done < plan.steps and workers.agreed(stop.is_set())
+            if lead and leaving:
+                saver.last(done, root, optimizer, {"key": key, "meter": vars(meter), "skips": skips.state})
+            for event in saver.events():
+                emit({"stage": stage.name, **event})
+            if leaving:
+                raise Stopped
+    for event in saver.events():
+        emit({"stage": stage.name, **event})
     facts: dict[str, Any] = {
         "name": stage.name,
         "key": key,
@@ -177,6 +214,7 @@ def run_stage(
         "steps": plan.steps,
         "cells": meter.cells,
         "tokens": meter.tokens,
+        "skipped": skips.skipped,
         **meter.facts(),
         "loss_first": meter.rows[0]["loss"],
         "loss_last": meter.rows[-1]["loss"],
@@ -186,6 +224,16 @@ def run_stage(
         facts = checkpoint.commit(run.path("stages", stage.name), root, facts)
         checkpoint.remove(folder)
     return dict(workers.from_first(facts))
+
+
+def skipped(store: Store, plan: Plan, stage: Stage, step: int, why: str) -> Event:
+    """The warning about a batch that was skipped, with the first of its cells."""
+    rows = plan.rows(step)
+    ids = store.cells["cell_id"].take(rows[:NAMED]).to_pylist()
+    text = (
+        f"{stage.name} step {step}: a batch of {len(rows)} cells was skipped, as {why} ({', '.join(ids)}, …)"
+    )
+    return {"stage": stage.name, "warning": text, "skipped": step, "cells": ids}
 
 
 def plan_of(

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from cellray.train import workers
+from cellray.train import lease, workers
 from cellray.train.chain import chain
+from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
 from cellray.train.recipe import Recipe, from_json, to_json
 from cellray.train.run import Run
+from cellray.train.skips import Diverged
 
 
 class Board:
@@ -22,11 +24,17 @@ class Board:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.stopping = False
+        self.error = ""
+        self.gains: set[tuple[str, int]] = set()
 
-    def push(self, event: Event) -> bool:
-        """Note an event; True if the workers should stop."""
+    def push(self, event: Event) -> None:
         self.events.append(event)
-        return self.stopping
+        if "saved" in event:
+            self.gains.add((event["stage"], event["saved"]))
+
+    def gained(self) -> int:
+        """Checkpoints of which there was none before."""
+        return len(self.gains)
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -38,13 +46,16 @@ class Board:
     def stopped(self) -> bool:
         return self.stopping
 
+    def fail(self, why: str) -> None:
+        """Note why the run cannot go on, not even if it is started again."""
+        self.error = why
 
-class Stopped(Exception):
-    """The first worker was told to stop."""
+    def failed(self) -> str:
+        return self.error
 
 
 @contextlib.contextmanager
-def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[None]:
+def _watching(board: Any, on_event: Emit, *stops: threading.Event) -> Iterator[None]:
     """Pass events on while the body runs, and those left at its end; tell the workers when to stop."""
     import ray
 
@@ -53,7 +64,7 @@ def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[Non
     def watch() -> None:
         while True:
             last = over.wait(0.25)
-            if stop.is_set():
+            if any(stop.is_set() for stop in stops):
                 ray.get(board.stop.remote())
             for event in ray.get(board.take.remote()):
                 on_event(event)
@@ -64,6 +75,28 @@ def _watching(board: Any, on_event: Emit, stop: threading.Event) -> Iterator[Non
     thread.start()
     try:
         yield
+    finally:
+        over.set()
+        thread.join(timeout=10)
+
+
+@contextlib.contextmanager
+def _listening(board: Any) -> Iterator[threading.Event]:
+    """An event that is set, while the body runs, when the workers should stop."""
+    import ray
+
+    stop, over = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        while not over.wait(0.25):
+            if ray.get(board.stopped.remote()):
+                stop.set()
+                return
+
+    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread.start()
+    try:
+        yield stop
     finally:
         over.set()
         thread.join(timeout=10)
@@ -81,15 +114,17 @@ def worker(config: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
 
     def emit(event: Event) -> None:
-        if workers.rank() == 0 and ray.get(board.push.remote(event)):
-            raise Stopped
+        if workers.rank() == 0:
+            ray.get(board.push.remote(event))
 
     try:
-        chain(Run(recipe), emit, device)
+        with _listening(board) as stop:
+            chain(Run(recipe), emit, device, stop)
     except Stopped:
-        # The others wait for this one in an exchange. Failing ends them; all return when started again.
-        if workers.world() > 1:
-            raise
+        pass  # all of them, at the same step
+    except Diverged as error:
+        # As an error of the worker it would be tried again, and come to the same.
+        ray.get(board.fail.remote(str(error)))
     ray.train.report({"finished": True})
 
 
@@ -99,31 +134,64 @@ def train(
     """Run the chain on Ray Train; Ray must be connected. `on_event` hears of progress, in this process.
 
     Running it again goes on where it stopped. Workers that die are started again and resume
-    from the newest checkpoint. Setting `stop`, from another thread, ends it before it is done.
-    Killing this process ends the workers too, but where Ray has no dashboard their CPUs stay
-    taken until the whole job ends.
+    from the newest checkpoint. Setting `stop`, from another thread or by a signal, ends it before it
+    is done, with a checkpoint. Killing this process ends the workers too, but where Ray has no
+    dashboard their CPUs stay taken until the whole job ends.
+
+    ValueError if another process drives the run, or takes it over, and Diverged, which is one, if too
+    many batches in a row were of no use.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     run = Run(recipe)
     run.claim()
     _ = run.test
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    with (
-        tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch,
-        _watching(board, on_event, stop or threading.Event()),
-    ):
-        trainer = TorchTrainer(
-            worker,
-            train_loop_config={"recipe": to_json(recipe) | {"run": run.url}, "board": board},
-            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=recipe.gpu),
-            run_config=RunConfig(
-                name=f"cellray-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=3),
-            ),
+    stop, lost = stop or threading.Event(), threading.Event()
+
+    def say(text: str) -> None:
+        on_event({"stage": "run", "warning": text})
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lease.held(run.url, say, stop=stop, lost=lost))
+        except Stopped:
+            return
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        with _watching(board, on_event, stop, lost):
+            _fit(run, board)
+        error = ray.get(board.failed.remote())
+        ray.kill(board)
+    if error:
+        raise Diverged(error)
+    if lost.is_set():
+        raise ValueError(
+            f"{run.url} was taken over by another driver, as this one had shown no sign of life for "
+            f"{lease.EXPIRY:.0f} s; that one goes on with it"
         )
-        trainer.fit()
-    ray.kill(board)
+
+
+def _fit(run: Run, board: Any) -> None:
+    """Run the workers to their end. They may fail as often as they like while they get further."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch:
+        while True:
+            gained = ray.get(board.gained.remote())
+            trainer = TorchTrainer(
+                worker,
+                train_loop_config={"recipe": to_json(run.recipe) | {"run": run.url}, "board": board},
+                scaling_config=ScalingConfig(num_workers=run.recipe.workers, use_gpu=run.recipe.gpu),
+                run_config=RunConfig(
+                    name=f"cellray-{uuid.uuid4().hex[:8]}",
+                    storage_path=scratch,
+                    failure_config=FailureConfig(max_failures=3),
+                ),
+            )
+            try:
+                trainer.fit()
+                return
+            except TrainingFailedError:
+                if ray.get(board.gained.remote()) == gained:
+                    raise

@@ -141,8 +141,14 @@ class Optim:
     """Share of a stage's steps over which the rate rises."""
     clip: float = 1.0
     """Gradients are scaled down to this norm."""
+    spike: float = 20.0
+    """Batches whose gradient has a norm this many times the usual one are skipped; 0 for none."""
+    skips: int = 10
+    """Batches that may be skipped in a row, for that or since the loss is no number; then training ends."""
 
     def __post_init__(self) -> None:
+        _within("optim.spike", self.spike, 0.0, 1e9)
+        _within("optim.skips", self.skips, 0, 1 << 20)
         _within("optim.lr", self.lr, 1e-8, 1.0)
         _within("optim.warmup", self.warmup, 0.0, 0.9)
 
@@ -270,6 +276,8 @@ class Recipe:
     """Of the matrix products in training; auto takes bf16 where the hardware multiplies it faster."""
     checkpoint_seconds: float = 30.0
     """Most seconds of work that a kill may cost."""
+    checkpoint_keep: int = 2
+    """Checkpoints of the stage under way that stay; older ones serve where newer ones are damaged."""
     stages: tuple[str, ...] = ("unimodal", "joint", "distil")
     """Stages to run now; those before them must have finished."""
     modalities: tuple[Modality, ...] = BUILT_IN
@@ -291,6 +299,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)
         _within("threads", self.threads, 1, 1024)
+        _within("checkpoint_keep", self.checkpoint_keep, 1, 1000)
         names = [m.name for m in self.modalities]
         if len(set(names)) < len(names) or "rna" not in names:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
@@ -305,6 +314,7 @@ LAUNCH = (
     "threads",
     "gpu",
     "checkpoint_seconds",
+    "checkpoint_keep",
     "stages",
     "notes",
 )

@@ -4,6 +4,7 @@ RUN/recipe.json      the resolved recipe; another recipe is refused
 RUN/store/           the token store, unless the recipe names one elsewhere
 RUN/store.sha256     which edition of the store
 RUN/splits.arrow     cell_id, unit, test: what training never sees
+RUN/drivers/         who drives the run
 RUN/checkpoints/     in the middle of a stage
 RUN/teacher/         the teacher's vectors
 RUN/stages/NAME/     finished stages: model.safetensors, stage.json

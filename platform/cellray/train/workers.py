@@ -24,6 +24,11 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def agreed(flag: bool) -> bool:
+    """Whether any worker says so: the same answer for all, who must all ask."""
+    return bool(total(torch.tensor([float(flag)])).item()) if world() > 1 else flag
+
+
 def from_first(value: Any) -> Any:
     """What the first worker holds."""
     if world() == 1:
