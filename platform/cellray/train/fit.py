@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from torch import nn
 from cellray.data.store import Store
 from cellray.train import checkpoint, workers
 from cellray.train.feed import Feed, Plan, Share
+from cellray.train.meters import Gauges, Meter
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
 from cellray.train.stages import Stage, key_of
+from cellray.train.trackers import tracked
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-
-ROWS = 200
-"""Points of a stage's loss curve."""
 
 
 def step(
@@ -85,35 +83,6 @@ def fast_bf16(device: str) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-@dataclass
-class Meter:
-    """What a stage has cost so far. Kept in its checkpoints, so that a resumed stage counts on."""
-
-    seconds: float = 0.0
-    waited: float = 0.0
-    cells: int = 0
-    tokens: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
-    """The loss curve: means over equal stretches of steps."""
-    pending: list[dict[str, float]] = field(default_factory=list)
-
-    def add(self, step: int, steps: int, losses: Mapping[str, float]) -> None:
-        self.pending.append(dict(losses))
-        if len(self.pending) >= max(1, steps // ROWS) or step == steps - 1:
-            means = {k: sum(row[k] for row in self.pending) / len(self.pending) for k in losses}
-            self.rows.append({"step": step + 1, **means})
-            self.pending = []
-
-    def facts(self) -> dict[str, Any]:
-        wall = max(self.seconds, 1e-9)
-        return {
-            "seconds": round(self.seconds, 3),
-            "cells_per_second": round(self.cells / wall, 2),
-            "tokens_per_second": round(self.tokens / wall, 1),
-            "data_wait_share": round(self.waited / wall, 5),
-        }
-
-
 def run_stage(
     stage: Stage, root: nn.Module, run: Run, *, started_from: str, eligible: np.ndarray, emit: Emit
 ) -> dict[str, Any]:
@@ -138,31 +107,29 @@ def run_stage(
     device = next(root.parameters()).device.type
     halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(device))
     lead, world = workers.rank() == 0, workers.world()
-    saved = told = began = time.monotonic()
-    before = meter.seconds
-    with Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
-        waited = meter.waited
+    before, waited = meter.seconds, meter.waited
+    with (
+        tracked(run, stage.name, first, lambda text: emit({"stage": stage.name, "warning": text})) as log,
+        Gauges(root, meter, device=device, halved=halved, first_worker=lead) as gauges,
+        Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed,
+    ):
+        saved = began = time.monotonic()
         for share in feed:
+            rate = learning_rate(recipe.optim, share.step, plan.steps)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optim, share.step, plan.steps)
-            with torch.autocast(device, torch.bfloat16, enabled=halved):
+                group["lr"] = rate
+            with torch.autocast(device, torch.bfloat16, enabled=halved), gauges.counted(share.tokens):
                 losses = step(stage, share, parameters, optimizer, recipe.optim.clip)
             now = time.monotonic()
             meter.seconds, meter.waited = before + now - began, waited + feed.waited
             meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
             meter.add(share.step, plan.steps, losses)
+            gauges.add(losses, rate)
             done = share.step + 1
-            if lead and (now - told > 0.5 or done == plan.steps):
-                told = now
-                emit(
-                    {
-                        "stage": stage.name,
-                        "step": done,
-                        "steps": plan.steps,
-                        **meter.facts(),
-                        "losses": losses,
-                    }
-                )
+            if lead and (gauges.due(now) or done == plan.steps):
+                row, means = gauges.row(stage.name, done, plan.steps)
+                log(done, row)
+                emit({**row, "losses": means})
             if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
                 checkpoint.save(folder, done, root, optimizer, {"key": key, "meter": vars(meter)})
                 saved = time.monotonic()
@@ -178,6 +145,7 @@ def run_stage(
         "cells": meter.cells,
         "tokens": meter.tokens,
         **meter.facts(),
+        **gauges.facts(),
         "loss_first": meter.rows[0]["loss"],
         "loss_last": meter.rows[-1]["loss"],
         "curve": meter.rows,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cellray.train import workers
+from cellray.train import trackers, workers
 from cellray.train.chain import chain
 from cellray.train.fit import Emit, Event
 from cellray.train.recipe import Recipe, from_json, to_json
@@ -107,6 +107,7 @@ def train(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    trackers.check(recipe.track)
     run = Run(recipe)
     run.claim()
     _ = run.test

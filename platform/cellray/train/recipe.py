@@ -270,6 +270,9 @@ class Recipe:
     """Of the matrix products in training; auto takes bf16 where the hardware multiplies it faster."""
     checkpoint_seconds: float = 30.0
     """Most seconds of work that a kill may cost."""
+    track: tuple[Literal["jsonl", "tensorboard", "mlflow", "wandb"], ...] = ("jsonl", "tensorboard")
+    """Where losses, rates, data wait, MFU and memory go: RUN/metrics.jsonl, event files in RUN/tensorboard,
+    an MLflow server, Weights & Biases."""
     stages: tuple[str, ...] = ("unimodal", "joint", "distil")
     """Stages to run now; those before them must have finished."""
     modalities: tuple[Modality, ...] = BUILT_IN
@@ -305,6 +308,7 @@ LAUNCH = (
     "threads",
     "gpu",
     "checkpoint_seconds",
+    "track",
     "stages",
     "notes",
 )

@@ -7,6 +7,7 @@ RUN/splits.arrow     cell_id, unit, test: what training never sees
 RUN/checkpoints/     in the middle of a stage
 RUN/teacher/         the teacher's vectors
 RUN/stages/NAME/     finished stages: model.safetensors, stage.json
+RUN/metrics.jsonl  RUN/tensorboard/     losses and rates while it trained
 RUN/bundle/  RUN/report.json  RUN/report.html
 """
 
