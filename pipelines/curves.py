@@ -41,7 +41,7 @@ def write(url: str) -> str:
 
 
 def drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG: a column a stage, in the order in which they began; losses, rates and shares below each other."""
+    """A PNG: a column a stage, in the order they began; losses, rates and shares below each other."""
     try:
         import matplotlib
 

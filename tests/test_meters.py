@@ -38,7 +38,7 @@ def counted(encoder, lengths):
 
 
 def by_hand(lengths, width, layers):
-    """Operations of an encoder without padding; what needs no gradient of its input has two products, not three."""
+    """Operations of an encoder without padding: three products a linear layer, two if its input is data."""
     cells, tokens = len(lengths), sum(lengths)
     places = cells + tokens
     layer = 3 * 2 * 12 * width**2 * places + 7 * 2 * width * sum((n + 1) ** 2 for n in lengths)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import fsspec
 import pytest
@@ -74,7 +75,8 @@ def test_a_killed_run_has_every_step_once(tmp_path, monkeypatch):
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), max_size=5), st.integers(0, 60))
 def test_resuming_anywhere_leaves_no_step_twice(tmp_path_factory, sessions, torn):
     folder = tmp_path_factory.mktemp("rows")
-    path, first, wanted = folder / "metrics.jsonl", 0, []
+    path, first = folder / "metrics.jsonl", 0
+    wanted: list[int] = []
     for length, back in sessions:
         first = max(0, first - back)
         wanted = [*wanted[:first], *range(first + 1, first + length + 1)]
@@ -159,7 +161,7 @@ def test_an_upload_that_fails_is_told_and_training_goes_on(tmp_path, monkeypatch
 
 
 def test_a_tracker_without_its_package_is_refused_with_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     check(("jsonl",))
     with pytest.raises(ValueError, match=r"wandb needs the package wandb: pip install cellray\[wandb\]"):
         check(("jsonl", "wandb"))
