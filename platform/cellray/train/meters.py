@@ -185,7 +185,7 @@ def positions(offsets: Tensor, context: int) -> tuple[int, int, int]:
     A cell's positions are [CLS] and its first `context` tokens; computed are those of the longest cell
     of its group, for each cell. Pairs are what attention compares: positions squared, summed over cells.
     """
-    lengths = torch.diff(first_tokens(offsets, context)[1])
+    lengths = torch.diff(first_tokens(offsets.cpu(), context)[1])  # waits for the device once, not a group
     useful = computed = pairs = 0
     for cells in groups(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])):
         own = (lengths[cells] + 1).tolist()
