@@ -121,7 +121,8 @@ class Gauges:
 
     def add(self, losses: Mapping[str, float], learning_rate: float) -> None:
         """Note a finished step, after the meter did. `losses` as `fit.step` returns them."""
-        self._losses.append({**losses, "learning_rate": learning_rate})
+        if self.first_worker:  # the others ask for no row, and would keep all
+            self._losses.append({**losses, "learning_rate": learning_rate})
 
     def due(self, now: float) -> bool:
         """Whether it is time for a row; `now` as `time.monotonic`."""
