@@ -9,6 +9,17 @@ from cellray.train.progress import Line, Progress
 from cellray.train.recipe import Recipe
 from pipelines.command import Options, main
 
+SHOWN = (
+    "loss",
+    "cells_per_second",
+    "tokens_per_second",
+    "data_wait_share",
+    "packing",
+    "mfu",
+    "peak_memory_bytes",
+)
+"""What a line of progress shows of a row, and in the end of the whole stage."""
+
 
 class Watch:
     """Turns the events of a training run into lines of progress."""
@@ -30,12 +41,7 @@ class Watch:
         elif "step" in event:
             if self.line is None or self.line.name != name:
                 self.line = self.progress.stage(name, total=event["steps"], done=self.resumed.get(name, 0))
-            self.line.update(
-                event["step"],
-                cells_per_second=event.get("cells_per_second"),
-                tokens_per_second=event.get("tokens_per_second"),
-                loss=event.get("losses", {}).get("loss"),
-            )
+            self.line.update(event["step"], **{name: event[name] for name in SHOWN if name in event})
             if event.get("finish"):
                 self.line.finish()
                 self.line = None
@@ -44,7 +50,9 @@ class Watch:
         if self.line is None or self.line.name != facts["name"]:
             self.progress.say(f"{facts['name']}: was finished before, loss {facts['loss_last']:.3f}")
             return
-        self.line.finish(f"data wait {100 * facts['data_wait_share']:.1f}%")
+        whole = {name: facts[name] for name in SHOWN if name in facts}
+        self.line.update(facts["steps"], loss=facts["loss_last"], **whole)
+        self.line.finish()
         self.line = None
 
 

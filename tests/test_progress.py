@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from cellray.train.progress import PLAIN_SECONDS, Progress, _short, _time
+from cellray.train.progress import PLAIN_SECONDS, Progress, _short, time_text
 
 
 class Terminal(io.StringIO):
@@ -47,6 +47,17 @@ def run(progress, clock, seconds=100, total=200):
     return line
 
 
+METERS = {
+    "loss": 0.2143,
+    "cells_per_second": 11_870.0,
+    "tokens_per_second": 1.19e6,
+    "data_wait_share": 0.0031,
+    "packing": 0.941,
+    "mfu": 0.4149,
+    "peak_memory_bytes": 12.4e9,
+}
+
+
 def test_plain_text_has_few_lines_and_no_control_characters(clock):
     out = io.StringIO()
     with Progress(out=out, clock=clock) as progress:
@@ -54,10 +65,10 @@ def test_plain_text_has_few_lines_and_no_control_characters(clock):
     lines = out.getvalue().splitlines()
     assert len(lines) == 100 / PLAIN_SECONDS + 1
     assert lines[0] == (
-        "joint          5% (10 of 200 steps)  12,346 cells/s  1.23M tokens/s  loss 0.432  3:10 left"
+        "joint          5% (10 of 200 steps)  loss 0.432  12.3k cells/s  1.23M tok/s  3:10 left"
     )
     assert "200 steps in 1:40" in lines[-1]
-    assert lines[-1].endswith("loss 0.432  held out 0.44")
+    assert lines[-1].endswith("1.23M tok/s  held out 0.44")
     assert not [sign for sign in out.getvalue() if ord(sign) < 32 and sign != "\n"]
 
 
@@ -68,7 +79,7 @@ def test_a_terminal_shows_one_line_a_stage(clock, terminal):
         moving = visible(terminal.getvalue())
         assert len(moving) == 2
         assert "━━━━" in moving[1]
-        assert " 25%  12,346 cells/s" in moving[1]
+        assert " 25%  loss 0.432  12.3k cells/s" in moving[1]
         assert moving[1].endswith("2:30 left")
         progress.say("a note")
     lines = visible(terminal.getvalue())
@@ -86,8 +97,46 @@ def test_a_moving_line_fits_the_terminal(columns, clock, terminal, monkeypatch):
     line = visible(terminal.getvalue())[-1]
     assert len(line) < columns
     assert "50%" in line
-    assert ("left" in line) == (columns >= 40)
-    assert ("tokens/s" in line) == (columns >= 80)
+    assert ("1:40" in line) == (columns >= 40)
+    assert ("loss" in line) == (columns >= 60)
+    assert ("tok" in line) == (columns >= 60)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates", "left"),
+    [("joint", "11.9k cells/s  1.19M tok/s", "0:42"), ("unimodal-protein", "11.9k cells  1.19M tok", "0:42")],
+)
+def test_every_meter_fits_100_columns(name, rates, left, clock, terminal):
+    line = Progress(out=terminal, clock=clock).stage(name, total=1200)
+    clock.now += 69
+    line.update(744, **METERS)
+    drawn = visible(terminal.getvalue())[-1]
+    assert drawn == f"{name:12}  62%  loss 0.214  {rates}  wait 0%  pack 94%  MFU 41%  12.4GB  {left}"
+    assert len(drawn) < 100
+
+
+@pytest.mark.parametrize("columns", range(20, 140, 7))
+def test_what_is_missed_least_is_left_out_first(columns, clock, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    line = Progress(out=terminal, clock=clock).stage("unimodal-protein", total=1200)
+    clock.now += 69
+    line.update(744, **METERS)
+    signs = ("GB", "pack", "tok", "wait", "MFU", "cells", "loss", "0:42")
+    shown = [sign in visible(terminal.getvalue())[-1] for sign in signs]
+    assert shown == sorted(shown)
+    line.finish()
+    drawn, done = visible(terminal.getvalue())[-2:]
+    assert max(len(drawn), len(done)) < max(columns, 42)
+
+
+def test_a_meter_that_is_not_known_is_left_out(clock):
+    out = io.StringIO()
+    with Progress(out=out, clock=clock) as progress:
+        line = progress.stage("joint", total=2)
+        clock.now += PLAIN_SECONDS
+        line.update(1, **(METERS | {"mfu": None}))
+    assert "MFU" not in out.getvalue()
+    assert "pack 94%" in out.getvalue()
 
 
 def test_a_resumed_stage_counts_its_own_pace(clock, terminal):
@@ -134,13 +183,13 @@ def test_an_error_in_a_stage_leaves_a_whole_line(clock, terminal):
     progress = Progress(out=terminal, clock=clock)
     with pytest.raises(ZeroDivisionError), progress:
         run(progress, clock).update(1 // 0)
-    assert terminal.getvalue().endswith("loss 0.432\n")
+    assert terminal.getvalue().endswith("loss 0.432  12.3k cells/s  1.23M tok/s\n")
 
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0.0"), (9.94, "9.9"), (12.3, "12"), (1234.5, "1,234"), (99_999, "99,999"), (123_456, "123k"),
-     (999_999, "1000k"), (1_234_567, "1.23M"), (3e12, "3000G")],
+    [(0, "0.0"), (9.94, "9.9"), (12.3, "12"), (1234.5, "1,234"), (9999.4, "9,999"), (9999.5, "10k"),
+     (123_456, "123k"), (999_499, "999k"), (999_999, "1M"), (1_234_567, "1.23M"), (3e12, "3000G")],
 )  # fmt: skip
 def test_numbers_are_short(number, text):
     assert _short(number) == text
@@ -148,4 +197,4 @@ def test_numbers_are_short(number, text):
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (102, "1:42"), (4000, "1:06:40")])
 def test_times_are_minutes_and_hours(seconds, text):
-    assert _time(seconds) == text
+    assert time_text(seconds) == text

@@ -3,8 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from cellray.data.store import Store
 from cellray.train import checkpoint, workers
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
+from cellray.train.meters import Gauges, Meter
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
 from cellray.train.skips import Skips
 from cellray.train.stages import Stage, key_of
+from cellray.train.trackers import tracked
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
-ROWS = 200
-"""Points of a stage's loss curve."""
 NAMED = 8
 """Cells that a warning about a batch names."""
 
@@ -97,35 +96,6 @@ def fast_bf16(device: str) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-@dataclass
-class Meter:
-    """What a stage has cost so far. Kept in its checkpoints, so that a resumed stage counts on."""
-
-    seconds: float = 0.0
-    waited: float = 0.0
-    cells: int = 0
-    tokens: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
-    """The loss curve: means over equal stretches of steps."""
-    pending: list[dict[str, float]] = field(default_factory=list)
-
-    def add(self, step: int, steps: int, losses: Mapping[str, float]) -> None:
-        self.pending.append(dict(losses))
-        if len(self.pending) >= max(1, steps // ROWS) or step == steps - 1:
-            means = {k: sum(row[k] for row in self.pending) / len(self.pending) for k in losses}
-            self.rows.append({"step": step + 1, **means})
-            self.pending = []
-
-    def facts(self) -> dict[str, Any]:
-        wall = max(self.seconds, 1e-9)
-        return {
-            "seconds": round(self.seconds, 3),
-            "cells_per_second": round(self.cells / wall, 2),
-            "tokens_per_second": round(self.tokens / wall, 1),
-            "data_wait_share": round(self.waited / wall, 5),
-        }
-
-
 def run_stage(
     stage: Stage,
     root: nn.Module,
@@ -153,23 +123,31 @@ def run_stage(
     skips = Skips(min(recipe.optim.skips, plan.steps - 1), recipe.optim.spike)
     found = checkpoint.newest(folder, key, lambda text: emit({"stage": stage.name, "warning": text}))
     if found is not None:
-        tensors, about = found
+        tensors, facts = found
         checkpoint.restore(tensors, root, optimizer)
-        meter, first = Meter(**about["meter"]), about["step"]
-        skips.restore(about["skips"])
+        meter, first = Meter(**facts["meter"]), facts["step"]
+        skips.restore(facts["skips"])
         emit({"stage": stage.name, "resumed": first})
     device = next(root.parameters()).device.type
     halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(device))
     lead, world = workers.rank() == 0, workers.world()
-    saved = told = began = time.monotonic()
-    before = meter.seconds
-    saver = checkpoint.Saver(folder, recipe.checkpoint_keep)
-    with saver, Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed:
-        waited = meter.waited
+    before, waited = meter.seconds, meter.waited
+
+    def about() -> dict[str, Any]:
+        return {"key": key, "meter": vars(meter), "skips": skips.state}
+
+    with (
+        checkpoint.Saver(folder, recipe.checkpoint_keep) as saver,
+        tracked(run, stage.name, first, lambda text: emit({"stage": stage.name, "warning": text})) as log,
+        Gauges(root, meter, device=device, halved=halved, first_worker=lead) as gauges,
+        Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed,
+    ):
+        saved = began = time.monotonic()
         for share in feed:
+            rate = learning_rate(recipe.optim, share.step, plan.steps)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optim, share.step, plan.steps)
-            with torch.autocast(device, torch.bfloat16, enabled=halved):
+                group["lr"] = rate
+            with torch.autocast(device, torch.bfloat16, enabled=halved), gauges.counted(share.tokens):
                 losses = step(stage, share, parameters, optimizer, recipe.optim.clip, skips)
             now = time.monotonic()
             meter.seconds, meter.waited = before + now - began, waited + feed.waited
@@ -181,30 +159,24 @@ def run_stage(
                 skips.check(f"{stage.name} step {share.step}")
             else:
                 meter.add(share.step, plan.steps, losses)
-            if lead and not skips.why and (now - told > 0.5 or done == plan.steps):
-                told = now
-                emit(
-                    {
-                        "stage": stage.name,
-                        "step": done,
-                        "steps": plan.steps,
-                        **meter.facts(),
-                        "losses": losses,
-                    }
-                )
+                gauges.add(losses, rate)
+                if lead and (gauges.due(now) or done == plan.steps):
+                    row, means = gauges.row(stage.name, done, plan.steps)
+                    log(done, row)
+                    emit({**row, "losses": means})
             if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
-                saver.save(done, root, optimizer, {"key": key, "meter": vars(meter), "skips": skips.state})
+                saver.save(done, root, optimizer, about())
                 saved = time.monotonic()
             leaving = done < plan.steps and workers.agreed(stop.is_set())
             if lead and leaving:
-                saver.last(done, root, optimizer, {"key": key, "meter": vars(meter), "skips": skips.state})
+                saver.last(done, root, optimizer, about())
             for event in saver.events():
                 emit({"stage": stage.name, **event})
             if leaving:
                 raise Stopped
     for event in saver.events():
         emit({"stage": stage.name, **event})
-    facts: dict[str, Any] = {
+    facts = {
         "name": stage.name,
         "key": key,
         "started_from": started_from,
@@ -216,6 +188,7 @@ def run_stage(
         "tokens": meter.tokens,
         "skipped": skips.skipped,
         **meter.facts(),
+        **gauges.facts(),
         "loss_first": meter.rows[0]["loss"],
         "loss_last": meter.rows[-1]["loss"],
         "curve": meter.rows,

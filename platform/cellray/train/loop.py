@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cellray.train import lease, workers
+from cellray.train import lease, trackers, workers
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
@@ -143,6 +143,7 @@ def train(
     """
     import ray
 
+    trackers.check(recipe.track)
     run = Run(recipe)
     run.claim()
     _ = run.test

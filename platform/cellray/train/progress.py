@@ -2,8 +2,11 @@
 
 In a terminal the line is drawn again and again, and stays, with a mark, when its stage is done:
 
-    unimodal.rna ✓ 1,200 steps in 1:42    12,345 cells/s  1.23M tokens/s  loss 0.432
-    joint        ━━━━━━━━━━━━━───────  62%  11,870 cells/s  1.19M tokens/s  loss 0.214  0:42 left
+    unimodal-rna ✓ 1,200 steps in 1:42  loss 0.432  12.3k cells/s  1.23M tok/s  wait 0%  MFU 41%
+    joint        ━━━━━━━━━━━━━─────  62%  loss 0.214  11.9k cells/s  1.19M tok/s  wait 0%  MFU 38%  0:42 left
+
+That, packing and memory have room in a terminal of 100 columns, if not the bar and every word. In a
+narrower one what is missed least goes first.
 
 Elsewhere (a file, a pipe, a job's log) it is plain text, a line now and then, without control characters.
 """
@@ -12,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Literal, TextIO
 
@@ -26,7 +29,10 @@ DRAW_SECONDS = 0.1
 NAME = 12
 """Columns of a stage's name."""
 BAR = (5, 30)
-"""Fewest and most columns of a bar."""
+"""Fewest and most columns of a bar, where there is one."""
+SIZES = ((1e3, "k"), (1e6, "M"), (1e9, "G"))
+LEAST = ("memory", "packing", "tokens", "wait", "mfu", "cells", "loss", "left")
+"""What is left out of a line that has no room for it, first what is missed least."""
 
 
 class Progress:
@@ -35,7 +41,7 @@ class Progress:
         with Progress() as progress:
             line = progress.stage("joint", total=1200)
             for done in range(1200):
-                line.update(done + 1, cells_per_second=…, tokens_per_second=…, loss=…)
+                line.update(done + 1, loss=…, cells_per_second=…, tokens_per_second=…)
             line.finish()
 
     A stage that is not finished when the next begins, or when the `with` is left, is shown as stopped.
@@ -101,7 +107,7 @@ class Line:
         self.progress, self.name, self.total, self.unit = progress, name, max(total, 1), unit
         self.first = self.done = done
         self.begun = self.shown = progress.clock()
-        self.facts: list[str] = []
+        self.facts: dict[str, str] = {}
         if progress.moving:
             self.draw()
 
@@ -109,19 +115,25 @@ class Line:
         self,
         done: int,
         *,
+        loss: float | None = None,
         cells_per_second: float | None = None,
         tokens_per_second: float | None = None,
-        loss: float | None = None,
+        data_wait_share: float | None = None,
+        packing: float | None = None,
+        mfu: float | None = None,
+        peak_memory_bytes: float | None = None,
     ) -> None:
         """`done` units of the stage are done, whole run counted. Cheap: it draws only now and then."""
         self.done = min(done, self.total)
-        self.facts = []
-        if cells_per_second is not None:
-            self.facts.append(f"{_short(cells_per_second)} cells/s")
-        if tokens_per_second is not None:
-            self.facts.append(f"{_short(tokens_per_second)} tokens/s")
-        if loss is not None:
-            self.facts.append(f"loss {loss:.3f}")
+        self.facts = _facts(
+            loss=(loss, "loss {:.3f}"),
+            cells=(cells_per_second, "{} cells/s"),
+            tokens=(tokens_per_second, "{} tok/s"),
+            wait=(data_wait_share, "wait {:.0%}"),
+            packing=(packing, "pack {:.0%}"),
+            mfu=(mfu, "MFU {:.0%}"),
+            memory=(peak_memory_bytes, "{}B"),
+        )
         now = self.progress.clock()
         if now - self.shown >= (DRAW_SECONDS if self.progress.moving else PLAIN_SECONDS):
             self.shown = now
@@ -129,56 +141,85 @@ class Line:
 
     def finish(self, note: str = "") -> None:
         """The stage is done; its line stays, with `note` at its end."""
-        yes = self.progress.signs[2]
         seconds = self.progress.clock() - self.begun
-        units = f"{self.total - self.first:,} {self.unit} in {_time(seconds)}"
-        self._end([self.progress._paint(yes, "32") + f" {units}", *self.facts, *([note] if note else [])])
+        units = f"{self.total - self.first:,} {self.unit} in {time_text(seconds)}"
+        self._end(self.progress.signs[2], "32", units, note)
 
     def stop(self) -> None:
         """The stage ended before it was done: its line stays and says where."""
-        no = self.progress.signs[3]
         share = f"stopped at {self.done:,} of {self.total:,} {self.unit}"
-        self._end([self.progress._paint(no, "31") + f" {share}", *self.facts])
+        self._end(self.progress.signs[3], "31", share)
 
     def draw(self) -> None:
         """Show the line as it stands."""
         if self.progress.quiet:
             return
         percent = f"{100 * self.done // self.total:3d}%"
-        facts = [*self.facts, *self._left()]
+        facts = self.facts | self._left()
         if not self.progress.moving:
             where = f"({self.done:,} of {self.total:,} {self.unit})"
-            self.progress._write("  ".join([f"{self.name:{NAME}} {percent} {where}", *facts]) + "\n")
+            self._show(f"{percent} {where}", facts.values(), "\n")
             return
         columns = shutil.get_terminal_size().columns - 1
-        while facts and self._bar_columns(percent, facts, columns) < BAR[0]:
-            facts.pop(1 if len(facts) > 2 else 0)  # tokens/s is missed least, time left most
-        bar = self._bar(max(0, min(BAR[1], self._bar_columns(percent, facts, columns))))
-        text = "  ".join([f"{self.name:{NAME}} {bar} {percent}", *facts])
-        self.progress._write(self.progress._erase() + text)
+        facts = self._fitting(facts, percent, columns)
+        free = columns - self._width(facts, percent) - 1
+        bar = f"{self._bar(min(BAR[1], free))} " if free >= BAR[0] else ""
+        self._show(f"{bar}{percent}", facts.values())
 
-    def _bar_columns(self, percent: str, facts: list[str], columns: int) -> int:
-        taken = max(NAME, len(self.name)) + 2 + len(percent) + sum(len(fact) + 2 for fact in facts)
-        return columns - taken
+    def _width(self, facts: dict[str, str], head: str) -> int:
+        """Columns of the line with `facts` after `head`."""
+        return max(NAME, len(self.name)) + 1 + len(head) + sum(2 + len(fact) for fact in facts.values())
+
+    def _fitting(self, facts: dict[str, str], head: str, columns: int) -> dict[str, str]:
+        """`facts`, in fewer words if all fit then; else those that there is room for."""
+        short = dict(facts)
+        for words in ((), (" left",), (" left", "/s")):
+            for word in words:
+                short = {name: text.replace(word, "") for name, text in short.items()}
+            if self._width(short, head) <= columns:
+                return short
+        short = dict(facts)
+        for name in LEAST:
+            if self._width(short, head) <= columns:
+                break
+            short.pop(name, None)
+        return short
+
+    def _show(self, head: str, facts: Iterable[str], end: str = "") -> None:
+        text = "  ".join([f"{self.name:{NAME}} {head}", *facts])
+        self.progress._write(f"{self.progress._erase()}{text}{end}")
 
     def _bar(self, columns: int) -> str:
         full = columns * self.done // self.total
         done, rest = self.progress.signs[0] * full, self.progress.signs[1] * (columns - full)
         return self.progress._paint(done, "36") + self.progress._paint(rest, "2")
 
-    def _left(self) -> list[str]:
+    def _left(self) -> dict[str, str]:
         """Time left at this run's own pace, once it has one."""
         fresh = self.done - self.first
         if not fresh:
-            return []
+            return {}
         seconds = (self.progress.clock() - self.begun) / fresh * (self.total - self.done)
-        return [f"{_time(seconds)} left"]
+        return {"left": f"{time_text(seconds)} left"}
 
-    def _end(self, parts: list[str]) -> None:
+    def _end(self, sign: str, colour: str, text: str, note: str = "") -> None:
         self.progress.line = None
-        if not self.progress.quiet:
-            text = "  ".join([f"{self.name:{NAME}} {parts[0]}", *parts[1:]])
-            self.progress._write(f"{self.progress._erase()}{text}\n")
+        if self.progress.quiet:
+            return
+        facts = self.facts | ({"note": note} if note else {})
+        if self.progress.moving:
+            columns = shutil.get_terminal_size().columns - 1
+            facts = self._fitting(facts, f"{sign} {text}", columns)
+        self._show(f"{self.progress._paint(sign, colour)} {text}", facts.values(), "\n")
+
+
+def _facts(**said: tuple[float | None, str]) -> dict[str, str]:
+    """Name -> text of each value that there is; a place without a format takes the short number."""
+    return {
+        name: text.format(value if "{:" in text else _short(value))
+        for name, (value, text) in said.items()
+        if value is not None
+    }
 
 
 def _signs(out: TextIO) -> tuple[str, str, str, str]:
@@ -192,17 +233,16 @@ def _signs(out: TextIO) -> tuple[str, str, str, str]:
 
 
 def _short(number: float) -> str:
-    """`1234.5` -> `1,234`, `1234567` -> `1.23M`: at most six signs."""
+    """`1234.5` -> `1,234`, `12345` -> `12.3k`, `1234567` -> `1.23M`: at most five signs."""
     if number < 9.95:
         return f"{number:.1f}"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
-        if number >= size:
-            unit = 1e3 if letter == "k" else size
-            return f"{number / unit:.3g}{letter}" if number / unit < 999.5 else f"{number / unit:.0f}{letter}"
-    return f"{number:,.0f}"
+    if number < 9999.5:
+        return f"{number:,.0f}"
+    size, letter = next((pair for pair in SIZES if number < 999.5 * pair[0]), SIZES[-1])
+    return f"{number / size:.3g}{letter}" if number < 999.5 * size else f"{number / size:.0f}{letter}"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """`102` -> `1:42`, `4000` -> `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

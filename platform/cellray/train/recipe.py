@@ -278,6 +278,9 @@ class Recipe:
     """Most seconds of work that a kill may cost."""
     checkpoint_keep: int = 2
     """Checkpoints of the stage under way that stay; older ones serve where newer ones are damaged."""
+    track: tuple[Literal["jsonl", "tensorboard", "mlflow", "wandb"], ...] = ("jsonl", "tensorboard")
+    """Where losses, rates, data wait, MFU and memory go: RUN/metrics.jsonl, event files in RUN/tensorboard,
+    an MLflow server, Weights & Biases."""
     stages: tuple[str, ...] = ("unimodal", "joint", "distil")
     """Stages to run now; those before them must have finished."""
     modalities: tuple[Modality, ...] = BUILT_IN
@@ -315,6 +318,7 @@ LAUNCH = (
     "gpu",
     "checkpoint_seconds",
     "checkpoint_keep",
+    "track",
     "stages",
     "notes",
 )

@@ -8,6 +8,7 @@ RUN/drivers/         who drives the run
 RUN/checkpoints/     in the middle of a stage
 RUN/teacher/         the teacher's vectors
 RUN/stages/NAME/     finished stages: model.safetensors, stage.json
+RUN/metrics.jsonl  RUN/tensorboard/     losses and rates while it trained
 RUN/bundle/  RUN/report.json  RUN/report.html
 """
 
