@@ -80,6 +80,7 @@ def await_checkpoints(folder, process, number=2):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_saves_and_is_gone_in_time(tmp_path):
     stores.write(str(tmp_path / "store"))
     folder = str(tmp_path / "checkpoints" / "unimodal-rna")
