@@ -28,7 +28,7 @@ OTHERS = ("annbatch", "huggingface", "webdataset", "ray", "scdataset")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="reduced sizes, under a minute")
+    parser.add_argument("--quick", action="store_true", help="reduced sizes, a minute or so")
     parser.add_argument(
         "--only",
         nargs="+",
