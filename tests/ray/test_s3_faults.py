@@ -328,7 +328,7 @@ from pipelines import command, ingest
 atlas, run = sys.argv[1:]
 with cluster.connect("local", cpus=2, object_store_bytes=128 << 20):
     words = ["pipelines.recipes.tiny:recipe", f"atlas={atlas}", f"run={run}", "ingest.unit_cells=15"]
-    assert command.main("", ingest.run, [*words, "ingest.shard_bytes=1000", "--quiet"]) == 0
+    assert command.main("", ingest.run, [*words, "ingest.shard_bytes=150", "--quiet"]) == 0
 """
 
 
