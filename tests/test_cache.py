@@ -1,4 +1,3 @@
-import errno
 import multiprocessing
 import os
 
@@ -6,6 +5,7 @@ import numpy as np
 import pytest
 
 from cellray.data.cache import Cache
+from tests.crash import crashing
 
 MB = 1 << 20
 
@@ -88,15 +88,16 @@ def test_what_a_process_that_died_left_goes(tmp_path):
     assert cache.size() <= MB
 
 
-def test_a_full_disk_is_no_error(tmp_path, monkeypatch):
-    cache = Cache(str(tmp_path), MB)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "no space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    assert get(cache, 1)
-    assert not list(tmp_path.glob("??/*"))
+def test_a_disk_that_is_full_at_any_call_is_no_error(tmp_path):
+    with crashing(str(tmp_path)) as calls:
+        assert get(Cache(str(tmp_path / "whole"), MB), 1)
+    assert {"open", "write", "replace"} <= set(calls.names)
+    for at in range(1, len(calls.names) + 1):
+        folder = tmp_path / str(at)
+        cache = Cache(str(folder), MB)
+        with crashing(str(folder), at, full=True):
+            assert get(cache, 1)
+        assert not list(folder.glob("??/*.part"))
 
 
 def test_a_limit_that_holds_nothing_is_refused(tmp_path):

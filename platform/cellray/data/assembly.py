@@ -38,6 +38,9 @@ class Making:
     read_in: str
     """Folder of what the units read."""
 
+    def __post_init__(self) -> None:
+        assert all(compiled.rising(own) for own in self.onto), "targets do not rise"
+
 
 def assemble(shard: int, room: Mapping[str, int], making: Making, parts: str) -> None:
     """The shard, written under the name of its content, and what it holds by data set.

@@ -28,7 +28,7 @@ from cellray.data.features import Tally
 from cellray.data.qc import Metrics
 from cellray.data.reading import open_source
 
-TOGETHER = 1 << 20
+NUMBERS = 1 << 20
 """Numbers read at a time, about: what is made of them stays near the processor."""
 UNKNOWN = -1
 """Unit of a cell that was read by none, or is not to be in the store."""
@@ -102,7 +102,7 @@ def read(rows: Rows, origin: Origin, parts: str) -> None:
     """The rows' counts in the features of the file, and the metrics of each cell."""
     file, found, total = origin.file, [], 0
     with open_source(file.url, modality=file.modality, layer=file.layer, names=file.names) as source:
-        step = source.step(max(1, TOGETHER * source.shape[0] // max(1, source.stored)))
+        step = source.step(max(1, NUMBERS * source.shape[0] // max(1, source.stored)))
         for start in range(rows.start, rows.stop, step):
             raw = source.rows(start, min(start + step, rows.stop))
             total += int(raw.data.sum(dtype=np.int64))
