@@ -40,6 +40,8 @@ TOKEN_BYTES = 2.0
 """About what a token takes in a shard, compressed; decides how many shards there are."""
 PARTS = 2
 """Version of what the units leave: those of another cellray are not taken up."""
+NUMBERS = 1 << 20
+"""Numbers read at a time, about: what is made of them stays near the processor."""
 TOGETHER = 16
 """Units whose features are counted by one task, so that statistics of many features are few files."""
 
@@ -328,7 +330,11 @@ def _of(room: dict[str, np.ndarray], shard: int) -> dict[str, int]:
 def _origin(part: Part) -> Origin:
     features = part.features
     return Origin(
-        file=part.file, columns=features.columns, names=name_hashes(features.names), mito=features.mito
+        file=part.file,
+        columns=features.columns,
+        names=name_hashes(features.names),
+        mito=features.mito,
+        together=max(1, NUMBERS * len(part.cells) // max(1, part.stored)),
     )
 
 

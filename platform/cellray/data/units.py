@@ -28,8 +28,6 @@ from cellray.data.features import Tally
 from cellray.data.qc import Metrics
 from cellray.data.reading import open_source
 
-NUMBERS = 1 << 20
-"""Numbers read at a time, about: what is made of them stays near the processor."""
 UNKNOWN = -1
 """Unit of a cell that was read by none, or is not to be in the store."""
 
@@ -45,6 +43,8 @@ class Origin:
     """Hash of the name of each feature, uint64 [features]."""
     mito: np.ndarray
     """Features of the mitochondrial genome, bool [features]."""
+    together: int
+    """Rows to read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def read(rows: Rows, origin: Origin, parts: str) -> None:
     """The rows' counts in the features of the file, and the metrics of each cell."""
     file, found, total = origin.file, [], 0
     with open_source(file.url, modality=file.modality, layer=file.layer, names=file.names) as source:
-        step = source.step(max(1, NUMBERS * source.shape[0] // max(1, source.stored)))
+        step = source.step(origin.together)
         for start in range(rows.start, rows.stop, step):
             raw = source.rows(start, min(start + step, rows.stop))
             total += int(raw.data.sum(dtype=np.int64))
