@@ -33,6 +33,8 @@ class Watch:
         name = event["stage"]
         if "warning" in event:
             self.progress.say(f"warning: {event['warning']}")
+        elif "note" in event:
+            self.progress.say(f"{name}: {event['note']}")
         elif "resumed" in event:
             self.resumed[name] = event["resumed"]
             self.progress.say(f"{name}: goes on from step {event['resumed']:,}")
