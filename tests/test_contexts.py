@@ -6,12 +6,14 @@ import torch
 
 from cellray.data.store import Store
 from cellray.train.batches import plain_tokens
+from cellray.train.chain import chain
 from cellray.train.contexts import UNKNOWN, Contexts, names_of
 from cellray.train.feed import Share
 from cellray.train.fit import adamw, step
 from cellray.train.recipe import Network, Optim
+from cellray.train.run import Run
 from cellray.train.stages import Joint, Unimodal
-from cellray.train.targets import teacher_table, teacher_vectors
+from cellray.train.targets import read_table, teacher_table, teacher_vectors
 from tests import stores
 
 CELLS = stores.SIMULATION.cells
@@ -122,3 +124,16 @@ def test_only_species_and_assay_can_be_told():
         Network(context_of=("donor",))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="each once"):
         Network(context_of=("assay", "assay"))
+
+
+def test_a_chain_with_every_such_setting_ends_with_a_teacher_that_loads(tmp_path):
+    changes = {"network.encoding": "rank", "unimodal.mask_by": "region", "unimodal.region": 4}
+    short = {"unimodal.epochs": 0.3, "joint.epochs": 0.3, "distil.epochs": 0.3, "network.context_of": "assay"}
+    run = written(tmp_path, ASSAYS, **changes, **short)
+    chain(run, lambda event: None)
+    again = Run(run.recipe)
+    teacher = again.trained_teacher()
+    rows = np.arange(20)
+    table = read_table(again.teacher_path())["joint"].combine_chunks().flatten().to_numpy()
+    found = teacher_vectors(teacher, again.store, rows)[0]
+    np.testing.assert_allclose(found.ravel(), table[: found.size], atol=1e-5)
