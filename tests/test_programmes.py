@@ -4,8 +4,9 @@ import itertools
 import numpy as np
 import pytest
 
-from cellray.data.modalities import ATAC, RNA
+from cellray.data.modalities import ATAC, RNA, normalise_names
 from cellray.data.programmes import Groups, programmes, read_gmt, regions
+from cellray.data.reading import open_source
 from cellray.data.tokens import POOLED, Vocabulary
 
 
@@ -113,3 +114,34 @@ def test_names_without_coordinates_are_refused():
         ValueError, match="2 features of atac have no coordinates in their names, such as a, b"
     ):
         regions(vocabulary(ATAC, ["a", "b"]), 8)
+
+
+@pytest.mark.parametrize(
+    ("file", "used", "says"),
+    [
+        ("hallmark_v7.0", 50, "1,361 of the 4,384 genes"),
+        ("kegg_v7.5.1", 177, "1,181 of the 5,245 genes"),
+        ("GO_Biological_Process_2021", 4729, "2,968 of the 14,937 genes"),
+    ],
+)
+def test_real_programmes_are_found_in_a_real_vocabulary(shared_data, file, used, says):
+    sets, cells = shared_data / "gene_function" / f"{file}.gmt", shared_data / "pbmc_cite_10x" / "rna.h5ad"
+    if not sets.exists() or not cells.exists():
+        pytest.skip(f"no file {sets} or {cells}")
+    with open_source(str(cells)) as source:
+        names = normalise_names(list(source.feature_names), "gene")
+    found = programmes(str(sets), vocabulary(RNA, names))
+    assert len(found) == used
+    assert found.note.startswith(says)
+
+
+def test_real_peaks_are_cut_into_regions_of_each_chromosome(shared_data):
+    path = shared_data / "mop_snareseq" / "atac.h5ad"
+    if not path.exists():
+        pytest.skip(f"no file {path}")
+    with open_source(str(path)) as source:
+        names = normalise_names(list(source.feature_names), "peak")
+    found = regions(vocabulary(ATAC, names), 32)
+    assert "on 20 chromosomes; 0 of 25,734 features" in found.note
+    contigs = np.array([name.partition(":")[0] for name in names])[found.members]
+    assert all(len(set(part)) == 1 for part in np.split(contigs, found.offsets[1:-1]))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellray.data import encodings
+from cellray.data.programmes import Groups
 from cellray.data.tokens import Counts
 from cellray.model.encoder import Encoder, Tokens
 from cellray.model.teacher import some_cells
@@ -25,6 +26,7 @@ from cellray.model.values import (
 from cellray.train.batches import kept, masked_tokens, plain_tokens
 from cellray.train.feed import Share
 from cellray.train.fit import adamw, step
+from cellray.train.masks import Grouped
 from cellray.train.recipe import Network, Optim
 from cellray.train.stages import Joint, Unimodal
 from tests import stores
@@ -43,9 +45,8 @@ def encoder(encoding, features=120):
     return Encoder(features, 32, layers=1, heads=2, context=40, encoding=encoding)
 
 
-def masked(run, counts, encoding, rows=None, mask=(0.3, 0.5)):
-    rna = run.tokenizer.vocabularies["rna"]
-    rows = np.arange(len(counts)) if rows is None else rows
+def masked(run, counts, encoding, mask=(0.3, 0.5)):
+    rna, rows = run.tokenizer.vocabularies["rna"], np.arange(len(counts))
     return masked_tokens(
         counts, rows, rna.modality, len(rna), mask=mask, zeros=0.5, keys=KEYS, encoding=encoding
     )
@@ -124,12 +125,16 @@ def test_what_stands_at_a_hidden_place_is_not_read(run, encoding):
     assert torch.equal(a.states, b.states)
 
 
+GROUPS = Groups.of({f"g{i}": np.arange(i * 7, i * 7 + 12) for i in range(15)}, 120)
+
+
+@pytest.mark.parametrize("mask", [(0.3, 0.5), Grouped(GROUPS, (0.3, 0.5), 0.7)], ids=["tokens", "groups"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_another_count_at_a_hidden_place_changes_nothing_but_the_target(run, encoding):
+def test_another_count_at_a_hidden_place_changes_nothing_but_the_target(run, encoding, mask):
     rows, size = np.arange(40), len(run.tokenizer.vocabularies["rna"])
     counts = run.store.read(rows).counts["rna"]
     cell = np.repeat(rows, counts.lengths)
-    tokens, at, truth = masked(run, counts, encoding)
+    tokens, at, truth = masked(run, counts, encoding, mask=mask)
     owner = np.repeat(rows, np.diff(tokens.offsets.numpy()))
     hidden = np.zeros((40, size), bool)
     hidden[owner, tokens.ids.numpy()] = tokens.hidden.numpy()
@@ -138,7 +143,7 @@ def test_another_count_at_a_hidden_place_changes_nothing_but_the_target(run, enc
     # Stored anew, so that the changed counts move to where they rank now.
     stored = run.tokenizer.rank("rna", matrix, counts.total, [""] * 40)
     assert not np.array_equal(stored.ids, counts.ids)
-    others, at_too, other_truth = masked(run, stored, encoding)
+    others, at_too, other_truth = masked(run, stored, encoding, mask=mask)
     assert torch.equal(tokens.ids, others.ids)
     assert torch.equal(at, at_too)
     assert (other_truth != truth).sum() == (truth > 0).sum() > 0

@@ -95,6 +95,8 @@ class Grouped:
         hidden, group = self._hidden(part, rows[picked], keys)
         known = np.flatnonzero(hidden & (group >= 0))
         owners = np.repeat(picked, part.lengths)[known]
+        # By id: their order in the store would tell how large the hidden counts are.
+        known = known[np.lexsort((part.ids[known], owners))]
         many = np.bincount(owners, minlength=len(counts))
         mine = np.flatnonzero(many[cell] > 0)
         asked = cell[mine]
