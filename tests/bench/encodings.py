@@ -212,8 +212,8 @@ def asked(run: "Run", stage: "Unimodal") -> dict[str, float]:
         FREQUENCY: float(roc_auc_score(there, often[tokens.ids[at].numpy()])),
     }
     if value is not None:
-        means = np.bincount(known.ids, encodings.values(known, stage.modality.scale), size)
-        means /= np.maximum(often, 1)
+        sums = np.bincount(known.ids, encodings.values(known, stage.modality.scale), size)
+        means = sums / np.maximum(often, 1)
         wanted = truth.numpy()[there].astype(np.float64)
         said = (value * encoder.unit).numpy()[there]
         of_mean = np.square(means[tokens.ids[at].numpy()[there]] - wanted).sum()
