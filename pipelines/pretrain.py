@@ -33,6 +33,8 @@ class Watch:
         name = event["stage"]
         if "warning" in event:
             self.progress.say(f"warning: {event['warning']}")
+        elif "note" in event:
+            self.progress.say(f"{name}: {event['note']}")
         elif "resumed" in event:
             self.resumed[name] = event["resumed"]
             self.progress.say(f"{name}: goes on from step {event['resumed']:,}")
@@ -82,13 +84,16 @@ def run(recipe: Recipe, options: Options) -> None:
 
 
 def costs(run: Any) -> str:
-    """What training would do: stages, steps, cells and tokens, and which are finished."""
+    """What training would do: stages, steps, cells and tokens, which are finished, and what is hidden."""
     from cellray.train.chain import outlook
+    from cellray.train.masks import notes
 
     lines = [f"{'stage':<18}{'steps':>9}{'cells':>13}{'tokens':>15}  state"]
     for s in outlook(run):
         state = "finished" if s.finished else "to do"
         lines.append(f"{s.name:<18}{s.steps:>9,}{s.cells:>13,}{s.tokens:>15,}  {state}")
+    masks = notes(run.recipe.unimodal, run.tokenizer)
+    lines += [f"unimodal-{modality}: {note}" for modality, note in masks]
     return "\n".join(lines)
 
 

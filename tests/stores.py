@@ -17,8 +17,11 @@ from cellray.train.run import Run
 SIMULATION = Simulation(cells=400, genes=120, peaks=150, proteins=12, types=4, donors=5, seed=3)
 
 
-def write(folder, simulation=SIMULATION, shard=150):
-    """A store with every simulated cell, in the simulator's order, `shard` cells a shard."""
+def write(folder, simulation=SIMULATION, shard=150, **more):
+    """A store with every simulated cell, in the simulator's order, `shard` cells a shard.
+
+    `more` is known of the cells: assay, species, …
+    """
     cells = cells_of(simulation, 0, simulation.cells)
     names = {"rna": gene_ids(simulation), "atac": peak_ids(simulation), "protein": protein_ids(simulation)}
     vocabularies, present = {}, cells.present.astype(np.uint32)
@@ -40,6 +43,7 @@ def write(folder, simulation=SIMULATION, shard=150):
     about = {name: [""] * simulation.cells for name in ABOUT}
     about |= {"dataset": ["sim"] * simulation.cells, "donor": cells.donor.astype(str).tolist()}
     about["label"] = cells.cell_type.astype(str).tolist()
+    about |= more
     ids = [f"sim:c{i}" for i in range(simulation.cells)]
     table = cell_table(tokenizer, ids, about, present, counts)
     write_table(folder, table, tokenizer, shard)

@@ -26,6 +26,7 @@ from cellray.data.truth import (
     Simulation,
     cells_of,
     gene_ids,
+    gene_programmes,
     peak_ids,
     protein_ids,
 )
@@ -161,6 +162,23 @@ def test_genes_know_more_of_the_state_than_components_without_labels_keep(usual)
     untold = Ridge(10.0).fit(components[~test], state[~test]).score(components[test], state[test])
     assert told > 0.5
     assert told > untold + 0.15
+
+
+def test_genes_of_a_programme_go_together():
+    simulation = Simulation(cells=1_000, genes=150, types=1, state=0, technical=0, nuisance=2)
+    cells = cells_of(simulation, 0, simulation.cells)
+    counts = cells.counts["rna"][cells.present & RNA > 0].toarray()
+    together = np.abs(np.corrcoef(np.log1p(counts / counts.sum(1, keepdims=True) * 1e4), rowvar=False))
+    programmes, number = gene_programmes(simulation), {g: i for i, g in enumerate(gene_ids(simulation))}
+    assert list(programmes) == ["PROGRAMME1", "PROGRAMME2"]
+    sets = [[number[gene] for gene in genes] for genes in programmes.values()]
+    rest = np.setdiff1d(np.arange(150), np.concatenate(sets))
+
+    def mean(genes):
+        return together[np.ix_(genes, genes)][np.triu_indices(len(genes), 1)].mean()
+
+    assert all(5 < len(genes) < 40 for genes in sets)
+    assert min(map(mean, sets)) > 1.5 * mean(rest)
 
 
 def test_without_state_nothing_can_be_told_of_it():

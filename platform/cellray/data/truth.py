@@ -135,6 +135,12 @@ def protein_ids(simulation: Simulation) -> list[str]:
     return [f"CD{i + 1:03d}" for i in range(simulation.proteins)]
 
 
+def gene_programmes(simulation: Simulation) -> dict[str, list[str]]:
+    """Name -> the genes that each nuisance programme moves, as a .gmt file would have them."""
+    moved, genes = _responses(simulation)["rna"].nuisance != 0, gene_ids(simulation)
+    return {f"PROGRAMME{i + 1}": [genes[g] for g in np.flatnonzero(row)] for i, row in enumerate(moved)}
+
+
 def type_names(simulation: Simulation) -> list[str]:
     """Cell types; those of the same letter are siblings."""
     return [f"type {chr(65 + i // 2)}{i % 2 + 1}" for i in range(simulation.types)]

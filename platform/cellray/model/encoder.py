@@ -1,5 +1,6 @@
 """One modality's tokens -> a summary vector a cell, and a state a token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellray.data.tokens import Vocabulary
+from cellray.model.values import ENCODINGS
 
 GROUP = 16_384
 """Most padded tokens that attend in one call: enough to fill the cores, little enough for their caches."""
@@ -19,13 +21,15 @@ class Tokens:
     ids: Tensor
     """int64 [tokens]."""
     values: Tensor
-    """float32 [tokens], scaled counts; where `hidden`, anything: it is not read."""
+    """float32 [tokens], scaled counts or what the encoding reads; where `hidden`, anything: none is read."""
     hidden: Tensor
     """bool [tokens]: the value is withheld, the id asked for."""
     offsets: Tensor
     """int64 [cells + 1]."""
     depth: Tensor
     """float32 [cells]: log(1 + total) over all features."""
+    about: Tensor | None = None
+    """int64 [cells, columns]: number of the cell's species, assay …, 0 where it is unknown. None: all are."""
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -74,7 +78,8 @@ class Encoder(nn.Module):
 
     A token is its feature's vector plus a vector of its value, or of "hidden". The [CLS]
     position starts from the value-weighted sum of all visible tokens, so that it holds what a
-    linear model of the cell would before attention refines it.
+    linear model of the cell would before attention refines it. What is known of the cell, such as
+    its assay, is added there.
     """
 
     reference: Tensor
@@ -82,11 +87,22 @@ class Encoder(nn.Module):
     unit: Tensor
     """A typical value: values are read as multiples of it."""
 
-    def __init__(self, features: int, width: int, layers: int, heads: int, context: int) -> None:
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        layers: int,
+        heads: int,
+        context: int,
+        *,
+        encoding: str = "value",
+        about: Sequence[int] = (),
+    ) -> None:
+        """`encoding` as in `values.ENCODINGS`; `about`: names there are in each column of `Tokens.about`."""
         super().__init__()
         self.context = context
         self.feature = nn.Embedding(features, width)
-        self.value = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
+        self.value = ENCODINGS[encoding](width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.depth = nn.Linear(1, width)
         self.bag = nn.Sequential(
@@ -99,6 +115,10 @@ class Encoder(nn.Module):
         self.register_buffer("unit", torch.ones(()))
         nn.init.normal_(self.feature.weight, std=0.05)
         nn.init.normal_(self.cls, std=0.05)
+        # From zeros: an encoder begins as one that is told nothing, and draws no other random numbers.
+        self.about = nn.ModuleList(
+            nn.Embedding.from_pretrained(torch.zeros(names + 1, width), freeze=False) for names in about
+        )
 
     @torch.no_grad()
     def start(self, vocabulary: Vocabulary) -> None:
@@ -108,13 +128,16 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tokens, withheld: Tensor | None = None) -> Encoded:
         """`withheld` [width] stands where a value is hidden; it is needed where some are."""
-        values = tokens.values.masked_fill(tokens.hidden, 0.0) / self.unit
+        codes, weights = self.value.read(tokens, self.unit)
         weighted = F.embedding_bag(
-            tokens.ids, self.feature.weight, tokens.offsets[:-1], mode="sum", per_sample_weights=values
+            tokens.ids, self.feature.weight, tokens.offsets[:-1], mode="sum", per_sample_weights=weights
         )
         cls = self.cls + self.depth((tokens.depth - self.reference)[:, None]) + self.bag(weighted)
+        for column, vectors in enumerate(self.about):
+            known = tokens.ids.new_zeros(len(tokens)) if tokens.about is None else tokens.about[:, column]
+            cls = cls + vectors(known)
         within, offsets = first_tokens(tokens.offsets, self.context)
-        said = self.value(values[within][:, None])
+        said = self.value(codes[within])
         if withheld is not None:
             said = torch.where(tokens.hidden[within][:, None], withheld, said)
         x = self.feature(tokens.ids[within]) + said

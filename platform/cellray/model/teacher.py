@@ -71,13 +71,24 @@ class Teacher(nn.Module):
         layers: int,
         heads: int,
         fusion_layers: int,
+        encoding: str = "value",
+        contexts: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
-        """`modalities`: name -> (modality, number of features), in the order of the presence bits."""
+        """`modalities`: name -> (modality, number of features), in the order of the presence bits.
+
+        `encoding` as in `cellray.model.values.ENCODINGS`. `contexts`: what the encoders are told of a
+        cell, such as "assay" -> the names that have a vector; see `cellray.train.contexts`.
+        """
         super().__init__()
         self.width = width
         self.names = tuple(modalities)
+        self.encoding, self.contexts = encoding, dict(contexts or {})
+        about = [len(names) for names in self.contexts.values()]
         self.encoders = nn.ModuleDict(
-            {n: Encoder(size, width, layers, heads, m.context) for n, (m, size) in modalities.items()}
+            {
+                n: Encoder(size, width, layers, heads, m.context, encoding=encoding, about=about)
+                for n, (m, size) in modalities.items()
+            }
         )
         self.heads = nn.ModuleDict({n: Heads(width, m.likelihood) for n, (m, _) in modalities.items()})
         self.decoders = nn.ModuleDict(
@@ -129,4 +140,6 @@ def some_cells(tokens: Tokens, cells: Tensor) -> Tokens:
     offsets = F.pad(torch.cumsum(lengths, 0), (1, 0))
     shift = torch.repeat_interleave(tokens.offsets[cells] - offsets[:-1], lengths)
     index = torch.arange(int(offsets[-1]), device=cells.device) + shift
-    return Tokens(tokens.ids[index], tokens.values[index], tokens.hidden[index], offsets, tokens.depth[cells])
+    about = None if tokens.about is None else tokens.about[cells]
+    ids, values, hidden = tokens.ids[index], tokens.values[index], tokens.hidden[index]
+    return Tokens(ids, values, hidden, offsets, tokens.depth[cells], about)

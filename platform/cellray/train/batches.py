@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellray.data import encodings
 from cellray.data.modalities import Modality, scaled
 from cellray.data.store import Batch
 from cellray.data.tokens import Counts
 from cellray.model.encoder import Tokens
+from cellray.model.values import BINS
 from cellray.train.feed import mix, uniform
+from cellray.train.masks import Independent, Mask
 
 
 def present(batch: Batch, modalities: int) -> np.ndarray:
@@ -21,14 +24,27 @@ def present(batch: Batch, modalities: int) -> np.ndarray:
 
 
 def plain_tokens(
-    counts: Counts, modality: Modality, *, keep: np.ndarray | None = None, device: str = "cpu"
+    counts: Counts,
+    modality: Modality,
+    *,
+    keep: np.ndarray | None = None,
+    encoding: str = "value",
+    device: str = "cpu",
 ) -> Tokens:
-    """All tokens, or those where `keep` is true, none hidden."""
-    values, ids, offsets = _values(counts, modality), counts.ids, counts.offsets
-    if keep is not None:
-        values, ids = values[keep], ids[keep]
-        offsets = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])[offsets]
-    return _tokens(ids, values, np.zeros(len(ids), bool), offsets, counts.total, device)
+    """All tokens, or those where `keep` is true, none hidden, their values as `encoding` reads them."""
+    seen = counts if keep is None else visible(counts, keep)
+    if encoding == "bins":
+        values = _bins(seen)
+    else:
+        values = _values(counts, modality)
+        values = values if keep is None else values[keep]
+    return _tokens(seen.ids, values, np.zeros(len(seen.ids), bool), seen.offsets, seen.total, device)
+
+
+def visible(counts: Counts, keep: np.ndarray) -> Counts:
+    """The tokens where `keep`, bool [tokens], is true; of the same cells and depths."""
+    offsets = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])[counts.offsets]
+    return Counts(offsets, counts.ids[keep], counts.counts[keep], counts.total)
 
 
 def kept(counts: Counts, rows: np.ndarray, share: float | np.ndarray, *keys: int) -> np.ndarray:
@@ -44,24 +60,31 @@ def masked_tokens(
     modality: Modality,
     features: int,
     *,
-    mask: tuple[float, float],
+    mask: Mask | tuple[float, float],
     zeros: float,
     keys: tuple[int, ...],
+    encoding: str = "value",
     device: str = "cpu",
 ) -> tuple[Tokens, Tensor, Tensor]:
     """Tokens with some values hidden and some absent features asked for.
 
     Returns the tokens, the positions asked for that lie within the context, and the truth
-    there: the scaled value, 0 for an absent feature. What is asked for comes first in each
-    cell, but takes half of the context at the most while there is more to see.
+    there: the scaled value, 0 for an absent feature, whatever the encoding. What is asked for comes
+    first in each cell, but takes half of the context at the most while there is more to see. `mask`
+    says what is hidden; two bounds of the share stand for `Independent`. Bins are those among the
+    counts that stay visible, which stay in rank order.
     """
+    mask = Independent(mask) if isinstance(mask, tuple) else mask
     cells = np.repeat(np.arange(len(counts)), counts.lengths)
-    share = mask[0] + (mask[1] - mask[0]) * uniform(*keys, rows, 0)
-    hidden = ~kept(counts, rows, share, *keys, 1)
-    absent_cells, absent = _absent(counts, rows, features, zeros, keys)
+    hidden = mask(counts, rows, keys)
+    absent_cells, absent = _absent(counts, rows, features, zeros, keys, mask)
     cell = np.concatenate([absent_cells, cells])
     ids = np.concatenate([absent, counts.ids.astype(np.int64)])
-    values = np.concatenate([np.zeros(len(absent), np.float32), _values(counts, modality)])
+    truth = np.concatenate([np.zeros(len(absent), np.float32), _values(counts, modality)])
+    values = truth
+    if encoding == "bins":
+        values = np.zeros_like(truth)
+        values[len(absent) :][~hidden] = _bins(visible(counts, ~hidden))
     asked = np.concatenate([np.ones(len(absent), bool), hidden])
     firsts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(counts)))])
     draw = np.where(asked, uniform(*keys, rows[cell], ids, 3), np.arange(len(ids)))
@@ -73,18 +96,22 @@ def masked_tokens(
     place = np.arange(len(ids)) - firsts[cell[order]]
     tokens = _tokens(ids[order], values[order], asked[order], firsts, counts.total, device)
     at = np.flatnonzero(asked[order] & (place < modality.context))
-    truth = tokens.values[torch.from_numpy(at).to(device)]
-    return tokens, torch.from_numpy(at).to(device), truth
+    return tokens, torch.from_numpy(at).to(device), torch.from_numpy(truth[order][at]).to(device)
 
 
 def _absent(
-    counts: Counts, rows: np.ndarray, features: int, share: float, keys: tuple[int, ...]
+    counts: Counts, rows: np.ndarray, features: int, share: float, keys: tuple[int, ...], mask: Mask
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features that a cell does not count, about `share` times its tokens: (cell, feature), sorted."""
+    """Features that a cell does not count, about `share` times its tokens: (cell, feature), sorted.
+
+    Fewer where `mask` looks for them among few features, of which many are counted.
+    """
     wanted = np.ceil(share * counts.lengths).astype(np.int64)
     cell = np.repeat(np.arange(len(counts)), wanted)
     turn = np.arange(len(cell)) - np.repeat(np.cumsum(wanted) - wanted, wanted)
-    drawn = (mix(*keys, rows[cell], turn, 2) % np.uint64(features)).astype(np.int64)
+    draw = mix(*keys, rows[cell], turn, 2)
+    drawn = mask.beside(counts, rows, keys, cell, draw)
+    drawn = np.where(drawn < 0, (draw % np.uint64(features)).astype(np.int64), drawn)
     asked = np.unique(cell * features + drawn)
     counted = np.repeat(np.arange(len(counts)), counts.lengths) * features + counts.ids
     asked = asked[~np.isin(asked, counted)]
@@ -113,6 +140,10 @@ def targets(counts: Counts, features: int, asked: np.ndarray | None, device: str
 
 def _values(counts: Counts, modality: Modality) -> np.ndarray:
     return scaled(counts.counts, np.repeat(counts.total, counts.lengths), modality.scale)
+
+
+def _bins(counts: Counts) -> np.ndarray:
+    return encodings.bins(counts, BINS).astype(np.float32)
 
 
 def _tokens(

@@ -29,12 +29,20 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
     origin = store.hash
     for modality in store.tokenizer.vocabularies:
         unimodal = Unimodal(
-            recipe.unimodal, teacher, run.tokenizer, modality, seed=recipe.seed, device=device
+            recipe.unimodal,
+            teacher,
+            run.tokenizer,
+            modality,
+            seed=recipe.seed,
+            device=device,
+            contexts=run.contexts,
         )
         origin = _stage(unimodal, teacher, run, origin, train, emit, stop, "unimodal" in wanted)
     if wanted == ["unimodal"]:
         return
-    joint = Joint(recipe.joint, teacher, run.tokenizer, seed=recipe.seed, device=device)
+    joint = Joint(
+        recipe.joint, teacher, run.tokenizer, seed=recipe.seed, device=device, contexts=run.contexts
+    )
     origin = _stage(joint, teacher, run, origin, train, emit, stop, "joint" in wanted)
     if "distil" not in wanted:
         return

@@ -13,6 +13,7 @@ from cellray.train import lease, trackers, workers
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
+from cellray.train.masks import notes
 from cellray.train.recipe import Recipe, from_json, to_json
 from cellray.train.run import Run
 from cellray.train.skips import Diverged
@@ -147,6 +148,8 @@ def train(
     run = Run(recipe)
     run.claim()
     _ = run.test
+    for modality, note in notes(run.recipe.unimodal, run.tokenizer):
+        on_event({"stage": f"unimodal-{modality}", "note": note})
     stop, lost = stop or threading.Event(), threading.Event()
 
     def say(text: str) -> None:

@@ -26,6 +26,12 @@ def _within(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
 
 
+def _known(name: str, values: Sequence[str], words: Sequence[str]) -> None:
+    odd = sorted({value for value in values if value not in words or list(values).count(value) > 1})
+    if odd:
+        raise ValueError(f"{name} has {', '.join(odd)}; it may have {', '.join(words)}, each once")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """A single data set, for those who have no table. Column settings are as in the atlas table."""
@@ -113,10 +119,19 @@ class Network:
     """Attention heads."""
     fusion_layers: int = 2
     """Transformer layers over the modality summaries."""
+    encoding: Literal["value", "bins", "rank"] = "value"
+    """How encoders read counts: the scaled value, its bin within the cell, or its rank there."""
+    context_of: tuple[Literal["species", "assay"], ...] = ()
+    """What encoders are told of a cell beside its tokens: species, assay."""
+    context_hidden: float = 0.1
+    """Chance, in training, that an encoder is not told, so that it can do without."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"network.width {self.width} is no multiple of network.heads {self.heads}")
+        _within("network.context_hidden", self.context_hidden, 0.0, 1.0)
+        _known("network.encoding", (self.encoding,), ("value", "bins", "rank"))
+        _known("network.context_of", self.context_of, ("species", "assay"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +202,22 @@ class Unimodal:
     """Absent features asked for, as a share of the tokens."""
     queries: int = 2048
     """Most features asked of the bottleneck in a step."""
+    mask_by: tuple[Literal["token", "programme", "region"], ...] = ("token",)
+    """What is hidden together: nothing, the genes of a programme, neighbouring peaks. Each is of its own
+    kind of feature; the others are hidden token by token."""
+    programmes: str = ""
+    """Path or URL of a .gmt file of gene programmes: pathways, targets of transcription factors, …"""
+    region: int = 32
+    """Most neighbouring peaks in a region."""
+    grouped: float = 0.5
+    """Share of the cells in which programmes or regions are hidden; in the others single tokens are."""
 
     def __post_init__(self) -> None:
         _within("unimodal.mask", self.mask[0], 0.0, self.mask[1])
         _within("unimodal.mask", self.mask[1], self.mask[0], 0.95)
+        _within("unimodal.region", self.region, 2, 1 << 20)
+        _within("unimodal.grouped", self.grouped, 0.0, 1.0)
+        _known("unimodal.mask_by", self.mask_by, ("token", "programme", "region"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from cellray.data.tokens import Tokenizer
 from cellray.model.student import Student
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
+from cellray.train.contexts import Contexts, names_of
 from cellray.train.recipe import LAUNCH, Recipe, describe, from_json, to_json
 from cellray.train.targets import read_table
 
@@ -133,8 +134,24 @@ class Run:
     def key(self, stage: str, started_from: str) -> str:
         """What decides the outcome of a stage, hashed."""
         facts = {k: v for k, v in to_json(self.recipe).items() if k not in NOT_TRAINING}
+        if self.recipe.unimodal.programmes:
+            facts["programmes"] = self.programmes_sha256
         text = json.dumps([stage, started_from, self.store.hash, facts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def programmes_sha256(self) -> str:
+        """Of the .gmt file of the recipe: another one under the same name makes another model."""
+        return storage.sha256(storage.read_bytes(storage.absolute(self.recipe.unimodal.programmes)))
+
+    @cached_property
+    def contexts(self) -> Contexts | None:
+        """What encoders are told of each cell; None where the recipe tells them nothing."""
+        network = self.recipe.network
+        if not network.context_of:
+            return None
+        names = names_of(self.store.cells, network.context_of, ~self.test)
+        return Contexts(self.store.cells, names, hide=network.context_hidden)
 
     def teacher(self) -> Teacher:
         """The teacher before training: the same numbers for the same recipe and store."""
@@ -148,6 +165,8 @@ class Run:
                 layers=n.layers,
                 heads=n.heads,
                 fusion_layers=n.fusion_layers,
+                encoding=n.encoding,
+                contexts=self.contexts.names if self.contexts else None,
             )
         teacher.start(vocabularies)
         return teacher

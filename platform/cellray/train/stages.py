@@ -4,7 +4,7 @@ A loss is a sum over this worker's targets with their number; the loop divides b
 all workers, so that two workers equal one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,9 @@ from cellray.train.batches import (
     present,
     targets,
 )
+from cellray.train.contexts import Contexts
 from cellray.train.feed import mix, uniform
+from cellray.train.masks import mask_of
 from cellray.train.targets import TeacherVectors
 from cellray.train.workers import all_rows
 
@@ -100,13 +102,15 @@ class Unimodal:
         *,
         seed: int,
         device: str,
+        contexts: Contexts | None = None,
     ) -> None:
-        self.setting, self.teacher, self.device = setting, teacher, device
+        self.setting, self.teacher, self.device, self.contexts = setting, teacher, device, contexts
         self.vocabulary = tokenizer.vocabularies[modality]
         self.modality = self.vocabulary.modality
         self.name = f"unimodal-{modality}"
         self.epochs = setting.epochs
         self.seed = key_of(seed, self.name)
+        self.mask = mask_of(setting, self.vocabulary)
 
     def trained(self) -> list[nn.Module]:
         name = self.modality.name
@@ -125,11 +129,16 @@ class Unimodal:
             batch.rows,
             self.modality,
             len(self.vocabulary),
-            mask=self.setting.mask,
+            mask=self.mask,
             zeros=self.setting.zeros,
             keys=(self.seed, step),
+            encoding=self.teacher.encoding,
             device=self.device,
         )
+        if self.contexts is not None:
+            tokens = replace(
+                tokens, about=self.contexts.drawn(batch.rows, self.seed, step, device=self.device)
+            )
         encoder, heads = self.teacher.encoder(name), self.teacher.heads[name]
         encoded = encoder(tokens, heads.withheld)
         value, detected = heads(encoded.states[at])
@@ -161,9 +170,17 @@ class Joint:
     name = "joint"
 
     def __init__(
-        self, setting: settings.Joint, teacher: Teacher, tokenizer: Tokenizer, *, seed: int, device: str
+        self,
+        setting: settings.Joint,
+        teacher: Teacher,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        device: str,
+        contexts: Contexts | None = None,
     ) -> None:
         self.setting, self.teacher, self.tokenizer, self.device = setting, teacher, tokenizer, device
+        self.contexts = contexts
         self.epochs = setting.epochs
         self.seed = key_of(seed, self.name)
 
@@ -183,10 +200,14 @@ class Joint:
                 counts,
                 self.tokenizer.vocabularies[name].modality,
                 keep=kept(counts, batch.rows, self.setting.mask, self.seed, step, i),
+                encoding=self.teacher.encoding,
                 device=self.device,
             )
             for i, (name, counts) in enumerate(batch.counts.items())
         }
+        if self.contexts is not None:
+            about = self.contexts.drawn(batch.rows, self.seed, step, device=self.device)
+            tokens = {name: replace(own, about=about) for name, own in tokens.items()}
         summaries = self.teacher.summaries(tokens, torch.from_numpy(has).to(self.device))
         shown = torch.from_numpy(self._shown(batch.rows, has, step)).to(self.device)
         cell = self.teacher.fusion(summaries, shown)

@@ -1,6 +1,7 @@
 """What the student learns from: the teacher's vectors, computed once and joined by cell id."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
 from cellray.model.teacher import Teacher
 from cellray.train.batches import plain_tokens, present
+from cellray.train.contexts import Contexts
 
 CHUNK = 256
 
@@ -56,8 +58,10 @@ def teacher_table(teacher: Teacher, store: Store, rows: np.ndarray, *, device: s
     """The teacher's view of the cells at `rows`: cell_id, present, joint, summaries (flattened)."""
     teacher.eval()
     joint, summaries = [], []
+    contexts = Contexts(store.cells, teacher.contexts) if teacher.contexts else None
     for first in range(0, len(rows), CHUNK):
-        j, s = teacher_vectors(teacher, store, rows[first : first + CHUNK], device=device)
+        some = rows[first : first + CHUNK]
+        j, s = teacher_vectors(teacher, store, some, device=device, contexts=contexts)
         joint.append(j)
         summaries.append(s)
     width, names = teacher.width, list(teacher.names)
@@ -79,14 +83,25 @@ def teacher_vectors(
     *,
     shown: tuple[str, ...] | None = None,
     device: str = "cpu",
+    contexts: Contexts | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Joint vectors and flattened summaries of some cells, from the modalities `shown` (None: all)."""
+    """Joint vectors and flattened summaries of some cells, from the modalities `shown` (None: all).
+
+    What the teacher is told of the cells is in `contexts`, by default as the store has it.
+    """
     batch = store.read(rows)
     tokenizer: Tokenizer = store.tokenizer
     tokens = {
-        name: plain_tokens(counts, tokenizer.vocabularies[name].modality, device=device)
+        name: plain_tokens(
+            counts, tokenizer.vocabularies[name].modality, encoding=teacher.encoding, device=device
+        )
         for name, counts in batch.counts.items()
     }
+    if contexts is None and teacher.contexts:
+        contexts = Contexts(store.cells, teacher.contexts)
+    if contexts is not None:
+        about = contexts.of(rows, device=device)
+        tokens = {name: replace(own, about=about) for name, own in tokens.items()}
     has = present(batch, len(teacher.names))
     if shown is not None:
         has = has & np.isin(teacher.names, shown)
