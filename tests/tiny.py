@@ -53,7 +53,7 @@ def tokens(cells=100, *, seed=0) -> Counts:
 
 SIZES = {
     "mlp": {"width": 16, "hidden": 24, "blocks": 2},
-    "transformer": {"width": 16, "layers": 2, "heads": 2, "context": 31},
+    "transformer": {"width": 16, "layers": 2, "heads": 2, "context": 60},
 }
 
 

@@ -176,6 +176,8 @@ class SmallTransformer(nn.Module):
         `context` is how many tokens of a cell attend to each other, the first ones.
         """
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a student of width {width} cannot have {heads} heads: it is no multiple")
         self.sizes = {"width": width, "layers": layers, "heads": heads, "context": context}
         self.encoder = Encoder(modalities["rna"][1], width, layers, heads, context)
         self.joint, self.impute = _heads(modalities, width, width)

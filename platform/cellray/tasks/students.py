@@ -99,7 +99,8 @@ def cost(student: Student, tokenizer: Tokenizer, counts: Counts) -> Kind:
     """
     from cellray.embedder import vectors
 
-    parts = [counts.take(rows) for rows in np.array_split(np.arange(len(counts)), -(-len(counts) // REQUEST))]
+    rows = np.arange(len(counts))
+    parts = [counts.take(rows[first : first + REQUEST]) for first in range(0, len(counts), REQUEST)]
     for part in parts[:1]:
         vectors(student, tokenizer, part)
     began = time.process_time()
