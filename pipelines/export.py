@@ -18,32 +18,41 @@ def run(recipe: Recipe, options: Options) -> None:
 
     where = Run(recipe)
     if options.dry_run:
-        print(f"would write the student of {where.url} to {where.path('bundle')}")
+        print(f"would write the student ({recipe.score.student}) of {where.url} to {where.path('bundle')}")
         return
     url, digest = export(where)
     print(f"bundle: {url}\nsha256: {digest}")
 
 
 def export(run: Any, scores: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, str]:
-    """Write RUN/bundle; its URL and hash. `scores` are rows for its card; None takes those of RUN."""
-    from cellray import bundle
-    from pipelines.score import saved
+    """Write RUN/bundle; its URL and hash. `scores` are rows for its card; None takes those of RUN.
 
-    embedder = student_of(run, saved(run) if scores is None else scores)
+    Which kind of student: as `score.student` says, see `chosen`.
+    """
+    from cellray import bundle
+
+    embedder = student_of(run, scores)
     golden = run.store.read(some(np.flatnonzero(run.test & has_rna(run)), bundle.GOLDEN)).counts["rna"]
     url = run.path("bundle")
     return url, bundle.write(url, embedder, golden=golden)
 
 
-def student_of(run: Any, scores: Sequence[Mapping[str, Any]] = ()) -> Any:
+def student_of(run: Any, scores: Sequence[Mapping[str, Any]] | None = None) -> Any:
     """The run's student as an embedder: its label head and reference fitted on training cells."""
     from cellray.embedder import Embedder
+    from cellray.train.recipe import distil_stage
+    from pipelines.score import saved
 
     store = run.store
+    choice = chosen(run)
+    if scores is None:
+        scores = saved(run) if choice["scored"] else []
+    # How fast each was is left out: the same run is to give the same bundle.
+    kinds = [{k: v for k, v in kind.items() if k != "cells_per_cpu_second"} for kind in choice["kinds"]]
     rows = some(np.flatnonzero(~run.test & has_rna(run)), FITTED)
     labels = store.cells["label"].to_numpy(zero_copy_only=False)[rows].astype(str)
     return Embedder.fit(
-        run.trained_student(),
+        run.trained_student(distil_stage(choice["kind"])),
         run.tokenizer,
         store.read(rows).counts["rna"],
         labels,
@@ -52,9 +61,35 @@ def student_of(run: Any, scores: Sequence[Mapping[str, Any]] = ()) -> Any:
             "datasets": datasets(run),
             "donors": sorted(set(store.cells["donor"].filter(~run.test).to_pylist()) - {""}),
             "scores": list(scores),
+            "kinds": kinds,
+            "chosen": choice["why"],
             "run": {"recipe": fingerprint(run.recipe), "store": store.hash},
         },
     )
+
+
+def chosen(run: Any) -> dict[str, Any]:
+    """The `kind` of student to export, `why`, all `kinds` as far as they were compared, and whether the
+    scores of the run are that kind's (`scored`).
+
+    With several kinds and `score.student=auto`, they are compared now unless they have been.
+    """
+    from cellray.tasks import students
+    from pipelines.score import gather, saved_kinds
+
+    asked, trained = run.recipe.score.student, run.recipe.student.kinds
+    facts = saved_kinds(run)
+    if facts is None and asked == "auto" and len(trained) > 1:
+        gather(run)
+        facts = saved_kinds(run)
+    kinds = facts["kinds"] if facts else [{"kind": kind} for kind in trained]
+    kind, why = students.choose(kinds, asked)
+    return {
+        "kind": kind,
+        "why": why,
+        "kinds": kinds if facts else [],
+        "scored": facts is None or facts["kind"] == kind,
+    }
 
 
 def datasets(run: Any) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ def summary(recipe: Recipe, report: dict[str, Any], seconds: float) -> str:
                 for h in headlines(report["scores"])
             ),
             "",
-            f"student: {student['parameters']:,} parameters, the teacher's RNA path has "
+            f"student ({student['kind']}): {student['parameters']:,} parameters, the teacher's RNA path has "
             f"{student['teacher_parameters']:,}; {student['cells_per_cpu_second']:,.0f} cells a CPU-second",
             f"endpoint: {json.dumps(report['endpoint'])}",
             f"report: {storage.join(where, 'report.html')}",

@@ -2,8 +2,8 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ MOST = 20_000
 CPUS = 2
 """Of the cluster's, for one task: a laptop's Ray counts four for its two cores."""
 TIMED = 2_000
-"""Most cells the student's speed is measured on."""
+"""Most cells a student's speed is measured on."""
 
 
 def run(recipe: Recipe, options: Options) -> None:
@@ -70,7 +70,10 @@ def saved(run: Any) -> list[dict[str, Any]]:
 
 
 def gather(run: Any) -> Any:
-    """Cells, counts and the embeddings of every model that is compared: what the tasks read."""
+    """Cells, counts and the embeddings of every model that is compared: what the tasks read.
+
+    Of several kinds of student the one that `students.choose` takes; RUN/students.json has them all.
+    """
     import pandas as pd
     import torch
 
@@ -84,13 +87,11 @@ def gather(run: Any) -> Any:
     rows = np.sort(np.concatenate([some(np.flatnonzero(test), MOST), some(np.flatnonzero(~test), MOST)]))
     batch = store.read(rows)
     teacher = TeacherVectors(read_table(run.teacher_path()), store.cells["cell_id"].combine_chunks())
-    students = {
-        "student": run.trained_student(),
-        "rna_only": run.trained_student("control"),
-        "random": run.student().eval(),
-    }
     rna = batch.counts["rna"]
+    students = {kind: run.trained_student(stage) for stage, kind in run.students().items()}
+    students["rna_only"] = run.trained_student("control")
     embeddings = {name: vectors(student, tokenizer, rna) for name, student in students.items()}
+    embeddings["teacher"] = teacher.joint[torch.from_numpy(rows)].numpy()
 
     def translate(name: str) -> Callable[[str, np.ndarray, np.ndarray], np.ndarray]:
         def decode(modality: str, cells: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -104,37 +105,73 @@ def gather(run: Any) -> Any:
     cells = store.cells.select(["cell_id", "dataset", "donor", "batch", "label"]).take(rows).to_pandas()
     about = {entry["name"]: entry for entry in store.manifest["ingest"]["datasets"]}
     sizes = {name: len(v) for name, v in tokenizer.vocabularies.items()}
-    return Scored(
+    first = recipe.student.kinds[0]
+    scored = Scored(
         cells=cells.assign(test=test[rows]),
         units=run.units,
         modalities=tokenizer.modalities,
         counts={name: c.matrix(sizes[name]) for name, c in batch.counts.items()},
         totals={name: c.total for name, c in batch.counts.items()},
         present={name: (batch.present >> i) & 1 == 1 for i, name in enumerate(batch.counts)},
-        embeddings={**embeddings, "teacher": teacher.joint[torch.from_numpy(rows)].numpy()},
-        translate={name: translate(name) for name in ("student", "random")},
+        embeddings={
+            "student": embeddings[first],
+            "random": embeddings[first],
+            **{name: embeddings[name] for name in ("rna_only", "teacher")},
+        },
+        translate={name: translate(first) for name in ("student", "random")},
         targets=pd.read_csv(recipe.score.targets) if recipe.score.targets else None,
         label_from={name: e["label_from"] for name, e in about.items() if e.get("label_from")},
     )
+    kind = compared(run, scored, {kind: embeddings[kind] for kind in recipe.student.kinds})["kind"]
+    students["random"] = run.student(kind).eval()
+    embeddings["random"] = vectors(students["random"], tokenizer, rna)
+    return replace(
+        scored,
+        embeddings={**scored.embeddings, "student": embeddings[kind], "random": embeddings["random"]},
+        translate={"student": translate(kind), "random": translate("random")},
+    )
+
+
+def compared(run: Any, scored: Any, embeddings: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What RUN/students.json holds from now on: the `kind` that is scored, `why`, and all `kinds`.
+
+    Their speed is that on held-out cells, on one core.
+    """
+    from cellray.tasks import students
+
+    rows = some(np.flatnonzero(run.test & has_rna(run)), TIMED)
+    counts = run.store.read(rows).counts["rna"]
+    costs = {
+        kind: students.cost(run.trained_student(stage), run.tokenizer, counts)
+        for stage, kind in run.students().items()
+    }
+    kinds = students.compare(scored, embeddings, costs, run.recipe.score)
+    kind, why = students.choose(kinds, run.recipe.score.student)
+    facts = {"kind": kind, "why": why, "kinds": kinds}
+    storage.write_bytes(run.path("students.json"), json.dumps(facts, indent=1).encode())
+    return facts
+
+
+def saved_kinds(run: Any) -> dict[str, Any] | None:
+    """What RUN/students.json holds; None if the run has not been scored."""
+    try:
+        return dict(json.loads(storage.read_bytes(run.path("students.json"))))
+    except FileNotFoundError:
+        return None
 
 
 def student_facts(run: Any) -> dict[str, Any]:
-    """Sizes and speed of the student, for the report; speed on held-out cells, on one core."""
-    from cellray.embedder import vectors
-
-    student, teacher = run.trained_student(), run.trained_teacher()
-    rows = some(np.flatnonzero(run.test & has_rna(run)), TIMED)
-    counts = run.store.read(rows).counts["rna"]
-    vectors(student, run.tokenizer, counts)
-    began = time.process_time()
-    vectors(student, run.tokenizer, counts)
-    seconds = time.process_time() - began
-    path = [student.bag, student.depth, student.lift, student.blocks, student.joint]
+    """The kinds of student that `gather` compared, for the report, and the sizes of the one it took."""
+    facts = saved_kinds(run)
+    assert facts is not None, "nothing was gathered yet"
+    own = next(kind for kind in facts["kinds"] if kind["kind"] == facts["kind"])
+    teacher = run.trained_teacher()
     rna = [teacher.encoder("rna"), teacher.fusion]
     return {
-        "parameters": sum(p.numel() for module in path for p in module.parameters()),
+        "parameters": own["parameters"],
         "teacher_parameters": sum(p.numel() for module in rna for p in module.parameters()),
-        "cells_per_cpu_second": round(len(rows) / max(seconds, 1e-9), 1),
+        "cells_per_cpu_second": own["cells_per_cpu_second"],
+        **facts,
     }
 
 

@@ -21,6 +21,23 @@ def folder(tmp_path, model):
     return tmp_path / "bundle"
 
 
+@pytest.fixture(params=["mlp", "transformer"])
+def either(request, tmp_path):
+    """A model of either kind, and its bundle."""
+    model = tiny.embedder(kind=request.param)
+    bundle.write(str(tmp_path / "bundle"), model, golden=tiny.tokens(20))
+    return model, tmp_path / "bundle"
+
+
+def change_network(folder, **changes):
+    """Other sizes in config.json, signed; None takes one away."""
+    config = json.loads((folder / "config.json").read_text())
+    network = config["network"] | changes
+    config["network"] = {name: size for name, size in network.items() if size is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    sign(folder, "config.json")
+
+
 def sign(folder, name):
     """The manifest as whoever changed the file `name` would forge it."""
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -29,8 +46,10 @@ def sign(folder, name):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_loaded_bundle_answers_with_the_same_bits(folder, model):
+def test_a_loaded_bundle_answers_with_the_same_bits(either):
+    model, folder = either
     loaded = bundle.load(str(folder))
+    assert (loaded.student.kind, loaded.student.sizes) == (model.student.kind, model.student.sizes)
     cells = tiny.tokens(150, seed=5)
     assert np.array_equal(loaded.embed(cells).vectors, model.embed(cells).vectors)
     assert np.array_equal(loaded.embed(cells).ood, model.embed(cells).ood)
@@ -47,8 +66,10 @@ def test_a_model_without_labels_makes_the_journey(tmp_path):
     assert bundle.load(str(tmp_path / "b")).head is None
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path, folder, model):
-    again = bundle.write(str(tmp_path / "again"), tiny.embedder(), golden=tiny.tokens(20))
+def test_the_same_model_gives_the_same_bytes(tmp_path, either):
+    model, folder = either
+    twin = tiny.embedder(kind=model.student.kind)
+    again = bundle.write(str(tmp_path / "again"), twin, golden=tiny.tokens(20))
     assert again == bundle.load(str(folder)).hash
     for file in folder.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
@@ -134,13 +155,39 @@ def test_another_tokenizer_is_refused_even_if_signed(folder):
         bundle.load(str(folder))
 
 
-def test_weights_of_another_shape_are_refused_even_if_signed(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["network"]["hidden"] = 25
-    (folder / "config.json").write_text(json.dumps(config))
-    sign(folder, "config.json")
-    with pytest.raises(ValueError, match=r"weights and config\.json do not fit"):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden": 25}, "size mismatch"),
+        ({"blocks": 3}, "Missing key"),
+        ({"blocks": 10**9}, "blocks of the network is 1000000000"),
+        ({"width": -1}, "width of the network is -1"),
+        ({"width": "16"}, "width of the network is '16'"),
+        ({"width": True}, "width of the network is True"),
+        ({"layers": 2}, "has no sizes"),
+        ({"hidden": None}, "has no sizes"),
+        ({"kind": "transformer"}, "has no sizes"),
+        ({"kind": "forest"}, "no student of the kind 'forest', only of mlp, transformer"),
+    ],
+)
+def test_a_network_that_the_weights_do_not_fit_is_refused_even_if_signed(folder, changes, says):
+    change_network(folder, **changes)
+    with pytest.raises(ValueError, match=rf"(?s)weights and config\.json do not fit together: .*{says}"):
         bundle.load(str(folder))
+
+
+@pytest.mark.parametrize("changes", [{"layers": 1}, {"heads": 3}, {"heads": 4}, {"context": 20}])
+def test_a_transformer_of_other_sizes_is_refused_even_if_signed(tmp_path, changes):
+    bundle.write(str(tmp_path / "b"), tiny.embedder(kind="transformer"), golden=tiny.tokens(3))
+    change_network(tmp_path / "b", **changes)
+    with pytest.raises(ValueError, match=r"do not fit together|golden cells come out different"):
+        bundle.load(str(tmp_path / "b"))
+
+
+def test_a_bundle_from_before_there_were_kinds_is_a_sparse_mlp(folder, model):
+    change_network(folder, kind=None)
+    cells = tiny.tokens(5)
+    assert np.array_equal(bundle.load(str(folder)).embed(cells).vectors, model.embed(cells).vectors)
 
 
 def test_other_weights_fail_on_the_golden_cells_even_if_signed(tmp_path, folder, model):
@@ -177,6 +224,15 @@ def test_any_file_system_will_do(model):
         assert bundle.load(url).hash == digest
     finally:
         fsspec.filesystem("memory").rm("/bundles", recursive=True)
+
+
+def test_the_card_tells_the_kinds_that_were_compared():
+    kinds = [{"kind": "mlp", "parameters": 5, "cosine": 0.81234, "probes": {"label accuracy": 0.9}}]
+    about = {"kinds": kinds, "chosen": "It is the cheapest."}
+    text = bundle.card(about, width=16, genes=120, classes=2)
+    assert "| kind | parameters | cosine | label accuracy |" in text
+    assert "| mlp | 5 | 0.8123 | 0.9 |" in text
+    assert "It is the cheapest." in text
 
 
 def test_the_card_tells_data_donors_scores_and_limits(folder):

@@ -6,7 +6,7 @@ from scipy import stats
 from cellray.data.modalities import BUILT_IN
 from cellray.model.decoder import Decoder
 from cellray.model.encoder import Encoder, Tokens, first_tokens, groups
-from cellray.model.student import Student
+from cellray.model.student import SparseMLP
 from cellray.model.teacher import Fusion, Teacher, some_cells
 from tests import stores
 
@@ -164,7 +164,7 @@ def test_an_inherited_decoder_says_the_same_of_rescaled_vectors():
 
 def test_the_sparse_student_equals_a_dense_one():
     torch.manual_seed(0)
-    student = Student({"rna": (BUILT_IN[0], 50), "atac": (BUILT_IN[1], 20)}, width=16, hidden=32, blocks=2)
+    student = SparseMLP({"rna": (BUILT_IN[0], 50), "atac": (BUILT_IN[1], 20)}, width=16, hidden=32, blocks=2)
     whole = tokens([4, 0, 9, 30], hidden=0.0)
     dense = torch.zeros(4, 50).index_put(
         (torch.repeat_interleave(torch.arange(4), torch.tensor([4, 0, 9, 30])), whole.ids),

@@ -71,6 +71,7 @@ def test_an_error_within_a_recipe_module_is_not_hidden(tmp_path, monkeypatch):
         ("notes", '{"why": "a test"}', {"why": "a test"}),
         ("modalities.atac.context", "64", 64),
         ("dataset.label", "cell type=1", "cell type=1"),
+        ("student.kinds", "mlp,transformer", ("mlp", "transformer")),
     ],
 )
 def test_text_and_typed_values_set_the_same(key, text, value):
@@ -170,6 +171,14 @@ def test_checks_are_made_wherever_a_value_comes_from():
         Network(width=10, heads=4)
     with pytest.raises(ValueError, match=r"split\.fraction"):
         Split(fraction=0)
+    with pytest.raises(ValueError, match=r"student\.kinds is 'mlp,mlp'"):
+        override(recipe(), {"student.kinds": "mlp,mlp"})
+    with pytest.raises(ValueError, match=r"expected values with commas|expected one of"):
+        override(recipe(), {"student.kinds": "forest"})
+    with pytest.raises(ValueError, match=r"64 is no multiple of student\.heads 5"):
+        override(recipe(), {"student.kinds": "mlp,transformer", "student.heads": 5})
+    with pytest.raises(ValueError, match=r"score\.student is 'transformer', but student\.kinds"):
+        override(recipe(), {"score.student": "transformer"})
     with pytest.raises(ValueError, match="'rna' among them"):
         Recipe(modalities=())
     with pytest.raises(TypeError):

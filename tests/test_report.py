@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from cellray.tasks import figures, report
+from cellray.tasks import figures, plane, report
 from cellray.tasks.page import page
 from cellray.tasks.score import score
 from cellray.train.recipe import Score
@@ -169,6 +169,45 @@ def test_the_page_is_one_file_and_well_formed(rows):
     for heading in ("In short", "Scores beside baselines", "Embeddings", "Training", "Ingest", "Endpoint"):
         assert f"<h2>{heading}</h2>" in html
     assert "320 cells read, 300 kept, 20 dropped: label 20." in html
+
+
+def compared(*kinds):
+    """The student's part of a report that compares kinds."""
+    costs = {"mlp": (20_000, 5000.0), "transformer": (60_000, 50.0)}
+    found = [
+        {
+            "kind": kind,
+            "parameters": costs[kind][0],
+            "cells_per_cpu_second": costs[kind][1],
+            "cosine": 0.8,
+            "probes": {"label accuracy": 0.9},
+        }
+        for kind in kinds
+    ]
+    return parts([])["student"] | {"kind": kinds[0], "why": HOSTILE, "kinds": found}
+
+
+def test_kinds_of_student_are_a_table_and_if_several_a_figure_a_score(rows):
+    for kinds in (["mlp"], ["mlp", "transformer"]):
+        given = parts(rows) | {"student": compared(*kinds)}
+        html = page(report.assemble(**given), curve(), [], title="Demo")
+        found = Page(html)
+        assert found.open == []
+        assert "<script" not in html
+        assert "<h2>Kinds of student</h2>" in html
+        assert html.count("<th>mlp</th>") == 1
+        assert html.count("over cells per CPU-second") == (2 if len(kinds) > 1 else 0)
+        assert '<td class="n">5,000</td><td class="n">20,000</td><td class="n">0.800</td>' in html
+    assert "Kinds of student" not in page(report.assemble(**parts(rows)), curve(), [], title="Demo")
+
+
+def test_the_better_and_the_cheaper_kind_is_further_up_and_to_the_right():
+    a, b = compared("mlp", "transformer")["kinds"]
+    svg = plane.plane([a | {"cosine": 0.9}, b], plane.COSINE)
+    places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    (x, y), (x2, y2) = [(float(x), float(y)) for x, y in places]
+    assert x > x2
+    assert y < y2
 
 
 def test_everything_from_data_is_escaped(rows):

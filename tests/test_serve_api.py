@@ -110,6 +110,21 @@ def test_every_body_and_answer_gives_the_offline_bits(app, model):
         assert np.array_equal(vectors_of(post(app, indexed(matrix[i])))[0], wanted[i])
 
 
+def test_a_transformer_is_asked_and_answers_as_a_sparse_mlp_does(app, model):
+    other = tiny.embedder(kind="transformer")
+    there = application(other, LIMITS)
+    matrix = tiny.counts(20)
+    wanted = other.embed(tokens_from(other.tokenizer, matrix, tiny.GENES)[0]).vectors
+    assert np.array_equal(vectors_of(post(there, indexed(matrix))), wanted)
+    for path in ("/v1/embed", "/v1/annotate", "/v1/translate/rna"):
+        ours, theirs = (post(one, indexed(matrix[0]), path=path).json() for one in (app, there))
+        assert ours.keys() == theirs.keys()
+        assert ours["cells"][0].keys() == theirs["cells"][0].keys()
+    assert ask(there, "GET", "/v1/models").json()["models"][0].keys() == (
+        ask(app, "GET", "/v1/models").json()["models"][0].keys()
+    )
+
+
 def test_annotations_and_translations_are_those_of_the_embedder(app, model):
     matrix = tiny.counts(20)
     cells = tokens_from(model.tokenizer, matrix, tiny.GENES)[0]

@@ -25,7 +25,8 @@ def run(tmp_path_factory):
 
 def stage(run, name):
     """A stage and the module that holds what it trains."""
-    recipe, teacher, student = run.recipe, run.teacher(), run.student()
+    kind = "transformer" if name.endswith("transformer") else "mlp"
+    recipe, teacher, student = run.recipe, run.teacher(), run.student(kind)
     if name == "joint":
         return Joint(recipe.joint, teacher, run.tokenizer, seed=0, device="cpu"), teacher
     if name in NAMES:
@@ -52,10 +53,11 @@ def only(run, shared, modality):
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, "joint", "distil", "control"])
+@pytest.mark.parametrize("name", [*NAMES, "joint", "distil", "distil-transformer", "control"])
 def test_what_is_trained_gets_gradients_and_the_rest_stays_bit_for_bit(run, name):
     work, root = stage(run, name)
     root.requires_grad_(False)
+    assert work.name == (f"unimodal-{name}" if name in NAMES else name)
     for module in work.trained():
         module.requires_grad_(True)
     parameters, optimizer = adamw(work.trained(), Optim(lr=1e-3))

@@ -6,7 +6,7 @@ import pytest
 from cellray.tasks import annotation, missing, report, translation
 from cellray.tasks.inputs import cohort
 from cellray.tasks.rows import Result
-from cellray.tasks.score import _targets, score
+from cellray.tasks.score import numeric_targets, score
 from cellray.train.recipe import Score
 from tests.scored import made
 
@@ -239,9 +239,9 @@ def test_a_small_data_set_says_why_it_was_not_scored():
 def test_targets_are_joined_by_cell_id():
     targets = made().targets
     shuffled = targets.sample(frac=1, random_state=0).assign(note="text is not probed").iloc[10:]
-    ((name, found),) = _targets(made(targets=shuffled))
+    ((name, found),) = numeric_targets(made(targets=shuffled))
     assert name == "state"
     known = ~np.isnan(found)
     assert known.sum() == len(targets) - 10
     np.testing.assert_array_equal(found[known], targets["state"].to_numpy()[known])
-    assert list(_targets(made(targets=None))) == []
+    assert list(numeric_targets(made(targets=None))) == []

@@ -7,7 +7,7 @@ import torch
 from cellray.data.modalities import ATAC, RNA
 from cellray.data.tokens import POOLED, Counts, Tokenizer, Vocabulary
 from cellray.embedder import Embedder, tokens_from
-from cellray.model.student import Student
+from cellray.model.student import build
 
 GENES = tuple(f"ENSG{i:011d}" for i in range(120))
 SYMBOLS = tuple(f"GENE{i}" for i in range(120))
@@ -51,12 +51,18 @@ def tokens(cells=100, *, seed=0) -> Counts:
     return tokens_from(tokenizer(), counts(cells, seed=seed), GENES)[0]
 
 
-def embedder(*, labelled=True):
+SIZES = {
+    "mlp": {"width": 16, "hidden": 24, "blocks": 2},
+    "transformer": {"width": 16, "layers": 2, "heads": 2, "context": 60},
+}
+
+
+def embedder(*, labelled=True, kind="mlp"):
     words = tokenizer()
     modalities = {name: (v.modality, len(v)) for name, v in words.vocabularies.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        student = Student(modalities, width=16, hidden=24, blocks=2)
+        student = build(kind, modalities, SIZES[kind])
         student.start(words.vocabularies)
     labels = ["neuron", "glia"] * 100 if labelled else [""] * 200
     about = {

@@ -1,7 +1,7 @@
 """The bundle: a student as a folder of plain files that is checked whole before it answers.
 
 BUNDLE/manifest.json        schema, and sha256 and bytes of every other file; written last
-BUNDLE/config.json          sizes of the network, classes, hash of the tokenizer, what it was made from
+BUNDLE/config.json          kind and sizes of the network, classes, tokenizer hash, what it was made from
 BUNDLE/student.safetensors  weights of the student
 BUNDLE/heads.safetensors    label head and reference statistics
 BUNDLE/vocabulary.arrow     the tokenizer
@@ -28,7 +28,7 @@ from cellray import __version__, heads
 from cellray.data import arrow, storage
 from cellray.data.tokens import Counts, Tokenizer, narrow
 from cellray.embedder import INPUT, Embedder
-from cellray.model.student import Student
+from cellray.model.student import Student, build
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -42,6 +42,8 @@ FILES = (
 )
 GOLDEN = 10
 """Golden cells, at the most."""
+LARGEST = {"layers": 1000, "blocks": 1000}
+"""Sizes in config.json that say how often a part is made, at the most; weights would tell only later."""
 TOLERANCE = 1e-5
 """By how much a golden embedding may differ, absolute and relative: other processors round differently."""
 
@@ -83,11 +85,11 @@ def load(url: str) -> Embedder:
             f"{config['tokenizer'][:12]}: the files belong to different models; export again"
         )
     try:
-        student = _student(files["student.safetensors"], tokenizer, config["network"])
+        student = _student(files["student.safetensors"], tokenizer, dict(config["network"]))
         head, reference = heads.from_tensors(
             safetensors.torch.load(files["heads.safetensors"]), config["classes"]
         )
-    except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{where}: weights and config.json do not fit together: {error}") from error
     embedder = Embedder(student, tokenizer, reference, head, config["about"], digest)
     _try_golden(embedder, arrow.decode(files["golden.arrow"]), where)
@@ -127,7 +129,8 @@ def card(about: Mapping[str, Any], *, width: int, genes: int, classes: int) -> s
     """The model card as Markdown.
 
     `about` may hold `datasets` (name, cells, donors, assays, species, tissues), `donors`
-    (seen in training), `scores` (rows as in report.json) and `run` (fingerprints).
+    (seen in training), `scores` (rows as in report.json), `kinds` (of student, as in report.json),
+    `chosen` (why this one) and `run` (fingerprints).
     """
     lines = [f"# {about.get('name', 'cellray student')}", ""]
     lines += [
@@ -138,6 +141,9 @@ def card(about: Mapping[str, Any], *, width: int, genes: int, classes: int) -> s
     donors = about.get("donors", [])
     lines += [f"Donors seen in training: {', '.join(map(str, donors)) or 'none were named'}.", ""]
     lines += ["## Scores on held-out cells, beside baselines", "", *_markdown(about.get("scores", [])), ""]
+    if kinds := [{**kind, **kind.get("probes", {})} for kind in about.get("kinds", [])]:
+        shown = [{name: value for name, value in kind.items() if name != "probes"} for kind in kinds]
+        lines += ["## Kinds of student", "", *_markdown(shown), "", about.get("chosen", ""), ""]
     lines += [
         "## Limits",
         "",
@@ -162,7 +168,7 @@ def _contents(embedder: Embedder, golden: Counts) -> dict[str, bytes]:
     config = {
         "about": dict(embedder.about),
         "classes": list(embedder.classes),
-        "network": _sizes(embedder.student),
+        "network": {"kind": embedder.student.kind, **embedder.student.sizes},
         "tokenizer": embedder.tokenizer.hash,
     }
     text = card(embedder.about, width=embedder.width, genes=len(rna), classes=len(embedder.classes))
@@ -211,19 +217,15 @@ def _try_golden(embedder: Embedder, table: pa.Table, where: str) -> None:
         )
 
 
-def _sizes(student: Student) -> dict[str, Any]:
-    """What `Student` is made with."""
-    return {
-        "blocks": len(student.blocks),
-        "hidden": int(student.state_dict()["joint.1.weight"].shape[1]),
-        "width": int(student.bag.embedding_dim),
-    }
-
-
-def _student(data: bytes, tokenizer: Tokenizer, sizes: dict[str, Any]) -> Student:
+def _student(data: bytes, tokenizer: Tokenizer, network: dict[str, Any]) -> Student:
+    """The student whose kind and sizes are `network`; before there were kinds, it was a sparse MLP."""
     modalities = {name: (v.modality, len(v)) for name, v in tokenizer.vocabularies.items()}
+    kind = network.pop("kind", "mlp")
+    for name, size in network.items():
+        if type(size) is not int or not 1 <= size <= LARGEST.get(name, 1 << 20):
+            raise ValueError(f"{name} of the network is {size!r}")
     with torch.device("meta"):
-        student = Student(modalities, width=sizes["width"], hidden=sizes["hidden"], blocks=sizes["blocks"])
+        student = build(kind, modalities, network)
     student.load_state_dict(safetensors.torch.load(data), strict=True, assign=True)
     return student
 

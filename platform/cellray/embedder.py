@@ -1,8 +1,9 @@
 """Cells in, embeddings out: the student with its tokenizer and heads. Needs no Ray.
 
 A cell gets the same bits alone, in any batch and at any place in it, and in whatever order its
-tokens come: the network always runs on CHUNK cells at a time (the last ones empty), on one thread
-and on tokens in id order, so every sum is made in one order.
+tokens come: they are put in one order, the network runs on one thread and in shapes that follow from
+the cell alone (`Student.embed`), and what stands on the embeddings always on CHUNK cells, so every
+sum is made in one order.
 """
 
 import threading
@@ -15,17 +16,19 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cellray.data.counts import check_counts
 from cellray.data.features import merge_columns
 from cellray.data.modalities import normalise_names, scaled
+from cellray.data.ranking import by_rank, pooled_weight
 from cellray.data.tokens import Counts, Tokenizer, Vocabulary, narrow
 from cellray.heads import Head, Reference, fit_head, fit_reference
-from cellray.model.student import Student
+from cellray.model.student import TOGETHER, Student
 
-CHUNK = 64
-"""Cells the network runs on at a time, always."""
+CHUNK = TOGETHER
+"""Cells that are answered at a time, always."""
 INPUT = "rna"
 """The modality a student reads."""
 FEWEST = 5
@@ -202,9 +205,11 @@ def vectors(student: Student, tokenizer: Tokenizer, counts: Counts) -> np.ndarra
 def _run(student: Student, tokenizer: Tokenizer, counts: Counts, answer: Answer) -> list[np.ndarray]:
     """What `answer` makes of the embeddings, [CHUNK, width] at a time, for all cells."""
     scale = tokenizer.vocabularies[INPUT].modality.scale
+    weight = pooled_weight(tokenizer, INPUT) if student.ranked else None
     parts = []
     for first in range(0, max(len(counts), 1), CHUNK):
-        part = _in_id_order(_some(counts, first, first + CHUNK))
+        part = _some(counts, first, first + CHUNK)
+        part = _in_id_order(part) if weight is None else by_rank(part, weight)
         with _exact():
             whole = answer(_embed_chunk(student, part, scale))
         parts.append([array[: len(part)] for array in whole])
@@ -237,19 +242,14 @@ def _in_id_order(part: Counts) -> Counts:
 
 
 def _embed_chunk(student: Student, part: Counts, scale: str) -> Tensor:
-    """Embeddings of at most CHUNK cells, [CHUNK, width]: those missing are empty cells."""
-    total = np.zeros(CHUNK, np.int64)
-    total[: len(part)] = part.total
-    starts = np.full(CHUNK, part.offsets[-1])
-    starts[: len(part)] = part.offsets[:-1]
-    said = student(
+    """Embeddings of at most CHUNK cells, [CHUNK, width]: zeros for those missing."""
+    embedding = student.embed(
         torch.from_numpy(part.ids.astype(np.int64)),
         torch.from_numpy(scaled(part.counts, np.repeat(part.total, part.lengths), scale)),
-        torch.from_numpy(starts),
-        torch.from_numpy(np.log1p(total).astype(np.float32)),
+        torch.from_numpy(part.offsets[:-1].astype(np.int64)),
+        torch.from_numpy(np.log1p(part.total).astype(np.float32)),
     )
-    embedding: Tensor = said.embedding
-    return embedding
+    return F.pad(embedding, (0, 0, 0, CHUNK - len(part)))
 
 
 def tokens_from(

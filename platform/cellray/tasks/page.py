@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cellray.tasks import plane
 from cellray.tasks.figures import Panel, curves, dot
 from cellray.tasks.report import VERDICTS, blocks, check, headlines, number
 from cellray.tasks.rows import LOWER, PLAIN, Row
@@ -26,6 +27,7 @@ def page(
     parts = [
         _header(report, title),
         _summary(report),
+        plane.section(report["student"]),
         _scores(report["scores"]),
         _embeddings(panels),
         _training(report["stages"], metrics),

@@ -97,7 +97,7 @@ def _missing(scored: Scored, dataset: str, settings: Score, progress: Callable[[
             if isinstance(own, str)
             else missing.label_recovery(own)
         )
-    for name, values in _targets(scored):
+    for name, values in numeric_targets(scored):
         progress(f"{missing.TASK} of {dataset}: {name}")
         own = _cohort(scored, dataset, whole & np.isfinite(values), settings)
         if isinstance(own, str):
@@ -111,7 +111,7 @@ def _cohort(scored: Scored, dataset: str, wanted: np.ndarray, settings: Score) -
     return cohort(scored, dataset, wanted, seeds=settings.seeds, bootstrap=settings.bootstrap)
 
 
-def _targets(scored: Scored) -> Iterator[tuple[str, np.ndarray]]:
+def numeric_targets(scored: Scored) -> Iterator[tuple[str, np.ndarray]]:
     """Name and values [cells] of every numeric target, NaN where a cell has none."""
     if scored.targets is None:
         return

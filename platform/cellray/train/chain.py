@@ -46,12 +46,14 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
     origin = _stage(joint, teacher, run, origin, train, emit, stop, "joint" in wanted)
     if "distil" not in wanted:
         return
-    student, control = run.student().to(device), run.student().to(device)
     vectors = _vectors(teacher, run, origin, emit, device)
-    for name in teacher.names:
-        student.decoder(name).inherit(teacher.decoder(name), vectors.mean, vectors.spread)
-    view = View(recipe.distil, student, run.tokenizer, seed=recipe.seed, device=device)
-    _stage(Distil(view, vectors), student, run, origin, train, emit, stop, True)
+    for kind in run.students().values():
+        student = run.student(kind).to(device)
+        for name in teacher.names:
+            student.decoder(name).inherit(teacher.decoder(name), vectors.mean, vectors.spread)
+        view = View(recipe.distil, student, run.tokenizer, seed=recipe.seed, device=device)
+        _stage(Distil(view, vectors), student, run, origin, train, emit, stop, True)
+    control = run.student().to(device)
     view = View(recipe.distil, control, run.tokenizer, seed=recipe.seed, device=device)
     _stage(Control(view), control, run, store.hash, train, emit, stop, True)
 
@@ -131,7 +133,7 @@ def outlook(run: Run) -> list[Outlook]:
         (f"unimodal-{name}", (name,), recipe.unimodal.epochs) for name in names
     ]
     shapes += [("joint", names, recipe.joint.epochs)]
-    shapes += [(name, ("rna",), recipe.distil.epochs) for name in ("distil", "control")]
+    shapes += [(name, ("rna",), recipe.distil.epochs) for name in (*run.students(), "control")]
     found = []
     for name, reads, epochs in shapes:
         plan = plan_of(store, recipe, ~run.test, reads, reads, epochs)

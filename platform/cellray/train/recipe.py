@@ -136,12 +136,28 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentNetwork:
-    """The student: a sparse MLP from RNA alone to the joint embedding."""
+    """The students, from RNA alone to the joint embedding: a sparse MLP, a small transformer, or both."""
 
     hidden: int = 256
-    """Width of the hidden layers."""
+    """Width of the hidden layers of the sparse MLP."""
     blocks: int = 2
-    """Residual blocks after the gather."""
+    """Residual blocks of the sparse MLP after the gather."""
+    kinds: tuple[Literal["mlp", "transformer"], ...] = ("mlp",)
+    """Which are trained, from the same teacher; the first is the one that counts until they are compared."""
+    layers: int = 2
+    """Layers of the small transformer; its context is that of the modality."""
+    heads: int = 4
+    """Attention heads of the small transformer."""
+
+    def __post_init__(self) -> None:
+        _within("student.layers", self.layers, 1, 1000)
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"student.kinds is {','.join(self.kinds)!r}; name one kind or more, each once")
+
+
+def distil_stage(kind: str) -> str:
+    """Name of the stage that trains the student of a kind."""
+    return "distil" if kind == "mlp" else f"distil-{kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +286,9 @@ class Score:
     """CSV with `cell_id` and numeric columns that embeddings are probed for; "" for none."""
     features: int = 5000
     """Most features of a modality that translation is scored on, the commonest first."""
+    student: Literal["auto", "mlp", "transformer"] = "auto"
+    """Kind of student that is scored and exported; auto takes the cheapest of those that were trained
+    whose probes score at most 2 % lower than the best kind's."""
 
     def __post_init__(self) -> None:
         _within("score.seeds", self.seeds, 1, 100)
@@ -333,6 +352,15 @@ class Recipe:
         names = [m.name for m in self.modalities]
         if len(set(names)) < len(names) or "rna" not in names:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
+        if "transformer" in self.student.kinds and self.network.width % self.student.heads:
+            raise ValueError(
+                f"network.width {self.network.width} is no multiple of student.heads {self.student.heads}"
+            )
+        if self.score.student not in ("auto", *self.student.kinds):
+            raise ValueError(
+                f"score.student is {self.score.student!r}, but student.kinds, which are trained, "
+                f"{'is' if len(self.student.kinds) == 1 else 'are'} {','.join(self.student.kinds)}"
+            )
 
 
 LAUNCH = (

@@ -8,6 +8,7 @@ RUN/drivers/         who drives the run
 RUN/checkpoints/     in the middle of a stage
 RUN/teacher/         the teacher's vectors
 RUN/stages/NAME/     finished stages: model.safetensors, stage.json
+RUN/students.json    the kinds of student compared, and which was scored
 RUN/metrics.jsonl  RUN/tensorboard/     losses and rates while it trained
 RUN/bundle/  RUN/report.json  RUN/report.html
 """
@@ -26,11 +27,11 @@ from cellray.data.cache import Cache
 from cellray.data.split import held_out
 from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
-from cellray.model.student import Student
+from cellray.model.student import SmallTransformer, SparseMLP, build
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
 from cellray.train.contexts import Contexts, names_of
-from cellray.train.recipe import LAUNCH, Recipe, describe, from_json, to_json
+from cellray.train.recipe import LAUNCH, Recipe, describe, distil_stage, from_json, to_json
 from cellray.train.targets import read_table
 
 KINDS = ("unimodal", "joint", "distil")
@@ -129,7 +130,11 @@ class Run:
     def chain(self) -> list[str]:
         """Every stage of the run in order."""
         modalities = self.store.tokenizer.vocabularies
-        return [*(f"unimodal-{name}" for name in modalities), "joint", "distil", "control"]
+        return [*(f"unimodal-{name}" for name in modalities), "joint", *self.students(), "control"]
+
+    def students(self) -> dict[str, str]:
+        """Stages that train a student, in order -> its kind. The control, a sparse MLP, is not of them."""
+        return {distil_stage(kind): kind for kind in self.recipe.student.kinds}
 
     def key(self, stage: str, started_from: str) -> str:
         """What decides the outcome of a stage, hashed."""
@@ -171,17 +176,24 @@ class Run:
         teacher.start(vocabularies)
         return teacher
 
-    def student(self) -> Student:
-        """The student before training: the same numbers for the same recipe and store."""
+    def student(self, kind: str = "mlp") -> SparseMLP | SmallTransformer:
+        """A student before training: the same numbers for the same recipe and store."""
         s = self.recipe.student
         vocabularies = self.tokenizer.vocabularies
+        sizes = {
+            "mlp": {"hidden": s.hidden, "blocks": s.blocks},
+            "transformer": {
+                "layers": s.layers,
+                "heads": s.heads,
+                "context": vocabularies["rna"].modality.context,
+            },
+        }[kind]
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.recipe.seed + 1)
-            student = Student(
+            student = build(
+                kind,
                 {name: (v.modality, len(v)) for name, v in vocabularies.items()},
-                width=self.recipe.network.width,
-                hidden=s.hidden,
-                blocks=s.blocks,
+                {"width": self.recipe.network.width, **sizes},
             )
         student.start(vocabularies)
         return student
@@ -201,8 +213,13 @@ class Run:
         checkpoint.load(self.path("stages", "joint"), teacher)
         return teacher.eval()
 
-    def trained_student(self, stage: str = "distil") -> Student:
-        """The student, or its control, after stage 3. ValueError where that has not finished."""
-        student = self.student()
+    def trained_student(self, stage: str = "") -> SparseMLP | SmallTransformer:
+        """The student of a stage, or "control", after stage 3; by default the first kind's.
+
+        ValueError where that has not finished.
+        """
+        students = self.students()
+        stage = stage or next(iter(students))
+        student = self.student("mlp" if stage == "control" else students[stage])
         checkpoint.load(self.path("stages", stage), student)
         return student.eval()

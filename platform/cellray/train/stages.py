@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cellray.data.ranking import by_rank, pooled_weight
 from cellray.data.store import Batch
 from cellray.data.tokens import Counts, Tokenizer, Vocabulary
 from cellray.model.decoder import Decoder
@@ -257,16 +258,17 @@ class View:
     ) -> None:
         self.setting, self.student, self.tokenizer, self.device = setting, student, tokenizer, device
         self.seed = key_of(seed, "student")
+        self.weight = pooled_weight(tokenizer, "rna")
 
     def __call__(self, batch: Batch, step: int) -> StudentOutput:
         """From the tokens that stay; their values make up for those dropped."""
         rna, share = self.tokenizer.vocabularies["rna"].modality, self.setting.mask
-        keep = kept(batch.counts["rna"], batch.rows, share, self.seed, step)
-        tokens = plain_tokens(batch.counts["rna"], rna, keep=keep, device=self.device)
-        said: StudentOutput = self.student(
-            tokens.ids, tokens.values / (1 - share), tokens.offsets[:-1], tokens.depth
-        )
-        return said
+        counts = batch.counts["rna"]
+        if self.student.ranked:  # as it will be asked, when nobody says of which assay a cell is
+            counts = by_rank(counts, self.weight)
+        keep = kept(counts, batch.rows, share, self.seed, step)
+        tokens = plain_tokens(counts, rna, keep=keep, device=self.device)
+        return self.student(tokens.ids, tokens.values / (1 - share), tokens.offsets[:-1], tokens.depth)
 
     def decoding(self, name: str, batch: Batch, rows: np.ndarray, embedding: Tensor, step: int) -> Loss:
         return decoding(
@@ -283,14 +285,13 @@ class View:
 class Distil:
     """Stage 3: the student learns the teacher's vectors from RNA alone, and what it cannot see."""
 
-    name = "distil"
-
     def __init__(self, view: View, vectors: TeacherVectors) -> None:
         self.view, self.vectors = view, vectors
+        self.name = settings.distil_stage(view.student.kind)
         self.epochs = view.setting.epochs
 
     def trained(self) -> list[nn.Module]:
-        return [self.view.student]
+        return [*self.view.student.path(), *self.view.student.answers()]
 
     def needs(self) -> tuple[str, ...]:
         return ("rna",)
@@ -341,8 +342,7 @@ class Control:
         self.epochs = view.setting.epochs
 
     def trained(self) -> list[nn.Module]:
-        s = self.view.student
-        return [s.bag, s.depth, s.lift, s.blocks, s.joint, s.decoders["rna"]]
+        return [*self.view.student.path(), self.view.student.decoder("rna")]
 
     def needs(self) -> tuple[str, ...]:
         return ("rna",)
