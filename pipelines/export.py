@@ -29,10 +29,21 @@ def export(run: Any, scores: Sequence[Mapping[str, Any]] | None = None) -> tuple
     from cellray import bundle
     from pipelines.score import saved
 
+    refuse(run.recipe)
+
     embedder = student_of(run, saved(run) if scores is None else scores)
     golden = run.store.read(some(np.flatnonzero(run.test & has_rna(run)), bundle.GOLDEN)).counts["rna"]
     url = run.path("bundle")
     return url, bundle.write(url, embedder, golden=golden)
+
+
+def refuse(recipe: Recipe) -> None:
+    """ValueError for the run of a method that is there to be compared with, not to be used."""
+    if recipe.method != "cellray":
+        raise ValueError(
+            f"method={recipe.method} has no bundle: it is a baseline. Run pipelines.ingest, "
+            "pipelines.pretrain and pipelines.score with its recipe."
+        )
 
 
 def student_of(run: Any, scores: Sequence[Mapping[str, Any]] = ()) -> Any:

@@ -129,8 +129,7 @@ def student_facts(run: Any) -> dict[str, Any]:
     began = time.process_time()
     vectors(student, run.tokenizer, counts)
     seconds = time.process_time() - began
-    path = [student.bag, student.depth, student.lift, student.blocks, student.joint]
-    rna = [teacher.encoder("rna"), teacher.fusion]
+    path, rna = student.path(), teacher.rna_path()
     return {
         "parameters": sum(p.numel() for module in path for p in module.parameters()),
         "teacher_parameters": sum(p.numel() for module in rna for p in module.parameters()),

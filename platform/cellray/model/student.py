@@ -76,6 +76,10 @@ class Student(nn.Module):
         assert isinstance(decoder, Decoder)
         return decoder
 
+    def path(self) -> list[nn.Module]:
+        """What every embedding passes."""
+        return [self.bag, self.depth, self.lift, self.blocks, self.joint]
+
     def forward(self, ids: Tensor, values: Tensor, offsets: Tensor, depth: Tensor) -> StudentOutput:
         """From the RNA tokens of some cells.
 

@@ -298,6 +298,9 @@ class Recipe:
     score: Score = Score()
     notes: Mapping[str, str] = field(default_factory=dict)
     """Free text kept with the run."""
+    method: Literal["cellray", "reference"] = "cellray"
+    """What is trained: cellray, or the published design it is compared with (RNA and ATAC only; of the
+    settings it reads those that `cellray.train.reference` names)."""
 
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)

@@ -29,6 +29,7 @@ from cellray.data.tokens import Tokenizer
 from cellray.model.student import Student
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
+from cellray.train.methods import OTHERS
 from cellray.train.recipe import LAUNCH, Recipe, describe, from_json, to_json
 from cellray.train.targets import read_table
 
@@ -127,6 +128,8 @@ class Run:
 
     def chain(self) -> list[str]:
         """Every stage of the run in order."""
+        if other := OTHERS.get(self.recipe.method):
+            return [name for name, _, _ in other.shapes(self.recipe)]
         modalities = self.store.tokenizer.vocabularies
         return [*(f"unimodal-{name}" for name in modalities), "joint", "distil", "control"]
 
@@ -138,6 +141,8 @@ class Run:
 
     def teacher(self) -> Teacher:
         """The teacher before training: the same numbers for the same recipe and store."""
+        if other := OTHERS.get(self.recipe.method):
+            return other.teacher(self)
         n = self.recipe.network
         vocabularies = self.tokenizer.vocabularies
         with torch.random.fork_rng(devices=()):
@@ -154,6 +159,8 @@ class Run:
 
     def student(self) -> Student:
         """The student before training: the same numbers for the same recipe and store."""
+        if other := OTHERS.get(self.recipe.method):
+            return other.student(self)
         s = self.recipe.student
         vocabularies = self.tokenizer.vocabularies
         with torch.random.fork_rng(devices=()):
