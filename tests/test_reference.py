@@ -2,18 +2,23 @@
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cellray.embedder import vectors
 from cellray.model.decoder import Decoder
 from cellray.model.reference import (
     CLASSES,
     GROUP,
+    TYPICAL,
     Concatenation,
     GeneEncoder,
     GeneStates,
@@ -26,6 +31,7 @@ from cellray.model.reference import (
 )
 from cellray.tasks.score import Unit, score_unit
 from cellray.train import checkpoint, reference
+from cellray.train.batches import plain_tokens
 from cellray.train.chain import chain, outlook
 from cellray.train.feed import Share
 from cellray.train.fit import adamw, step
@@ -37,6 +43,7 @@ from pipelines import export, full
 from pipelines.command import Options
 from pipelines.score import gather, student_facts
 from tests import stores
+from tests.conftest import ROOT
 
 STAGES = ("unimodal-rna", "unimodal-atac", "joint", "distil", "control")
 
@@ -107,6 +114,17 @@ def test_value_classes_are_those_of_a_loop(data):
     found = value_classes(ids, values, torch.from_numpy(starts), genes)
     assert torch.equal(found, wanted)
     assert CLASSES == 6
+
+
+def test_a_typical_count_is_of_the_middle_class_and_all_classes_are_used(run):
+    teacher, counts = run.teacher(), run.store.read(np.arange(200)).counts["rna"]
+    tokens = plain_tokens(counts, run.tokenizer.vocabularies["rna"].modality)
+    classes = teacher.genes.classes(tokens.ids, tokens.values, tokens.offsets[:-1]).numpy()
+    assert np.array_equal(classes > 0, counts.matrix(120).toarray() > 0)
+    assert set(np.unique(classes)) == set(range(CLASSES))
+    typical = torch.tensor([run.tokenizer.vocabularies["rna"].typical])
+    one = teacher.genes.classes(torch.tensor([7]), typical, torch.tensor([0]))
+    assert one[0, 7] == TYPICAL == one.sum()
 
 
 def test_linear_attention_is_the_mean_over_all_pairs():
@@ -381,3 +399,63 @@ def test_the_trained_models_come_back_and_are_scored(trained):
         full.run(run.recipe, Options())
     said = student_facts(run)
     assert said["parameters"] > said["teacher_parameters"]
+
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from cellray.train.feed import Feed
+from cellray.train.fit import adamw, plan_of, step
+from cellray.train.recipe import Optim
+from tests.test_reference import small, stage
+
+folder, world, rank, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+torch.set_num_threads(1)
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{file}.rendezvous", world_size=world, rank=rank)
+run = small(folder)
+work, root = stage(run, "joint")
+parameters, optimizer = adamw(work.trained(), Optim(lr=1e-3))
+plan = plan_of(run.store, run.recipe, ~run.test, work.needs(), work.reads(), 1.0)
+losses = []
+with Feed(run.store, plan, first=0, rank=rank, world=world) as feed:
+    for share in feed:
+        losses.append(list(step(work, share, parameters, optimizer, 1.0).values())[:-1])
+if rank == 0:
+    save_file({"losses": torch.tensor(losses)}, file)
+if world > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def of_workers(folder, world):
+    """Losses of every step of `joint`, [steps, parts], by so many processes over gloo."""
+    file = folder / f"{world}.safetensors"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(folder), str(world), str(rank), str(file)],
+            env=environment,
+            cwd=ROOT,
+        )
+        for rank in range(world)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * world
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return load_file(file)["losses"]
+
+
+@pytest.mark.slow
+def test_two_workers_find_the_mismatched_pairs_of_one(tmp_path):
+    _ = small(tmp_path).test  # writes the split, so that no two workers do it at once
+    one, two = of_workers(tmp_path, 1), of_workers(tmp_path, 2)
+    assert len(one) > 3
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)

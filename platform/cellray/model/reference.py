@@ -33,6 +33,8 @@ FUSED = ("rna", "atac")
 """What the design reads, in the order of its joint vector."""
 CLASSES = 6
 """Value classes of a gene: 0 where it is not counted."""
+TYPICAL = 3
+"""The class of a typical count."""
 GROUP = 16_384
 """Tokens that pass the layers in one call: few enough for the caches of a core."""
 
@@ -40,19 +42,14 @@ GROUP = 16_384
 def value_classes(ids: Tensor, values: Tensor, starts: Tensor, genes: int) -> Tensor:
     """The value class of every gene of every cell, int64 [cells, genes], from the genes that are counted.
 
-    `ids`, `values` [tokens]: counted genes and their log1p(CP10k); `starts` [cells]: where those of each
-    cell begin. Ours: the class is the value rounded to the nearest whole number, but 1 at the least,
+    `ids`, `values` [tokens]: counted genes and their values, in classes; `starts` [cells]: where those of
+    each cell begin. The class is the value rounded to the nearest whole number. Ours: but 1 at the least,
     since a counted gene is none that is not, and CLASSES - 1 at the most.
     """
     lengths = torch.diff(starts, append=starts.new_tensor([len(ids)]))
     cells = torch.repeat_interleave(torch.arange(len(starts), device=ids.device), lengths)
     found = torch.zeros(len(starts), genes, dtype=torch.int64, device=ids.device)
-    return found.index_put((cells, ids), classes_of(values))
-
-
-def classes_of(values: Tensor) -> Tensor:
-    """The classes of counted values, int64."""
-    return values.round().clamp(1, CLASSES - 1).long()
+    return found.index_put((cells, ids), values.round().clamp(1, CLASSES - 1).long())
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,8 +120,13 @@ class GeneStates(nn.Module):
 class GeneEncoder(nn.Module):
     """Value classes of all genes -> a vector a cell: a number from each gene's state, then a linear layer.
 
-    Ours: a norm behind it, as the ATAC vector has, so that the two are of like size where they meet.
+    Ours: a norm behind it, as the ATAC vector has, so that the two are of like size where they meet; and
+    a typical count of the training statistics is of class TYPICAL, so that the classes are of use at any
+    depth: rounded as they are, log1p(CP10k) of shallow cells are nearly all of three classes.
     """
+
+    unit: Tensor
+    """log1p(CP10k) that is worth one class."""
 
     def __init__(self, genes: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -132,6 +134,16 @@ class GeneEncoder(nn.Module):
         self.states = GeneStates(genes, width, layers, heads)
         self.reduce = nn.Linear(width, 1)
         self.summary = nn.Sequential(nn.Linear(genes, width), nn.LayerNorm(width))
+        self.register_buffer("unit", torch.ones(()))
+
+    @torch.no_grad()
+    def start(self, vocabulary: Vocabulary) -> None:
+        """Take the unit of values from the frozen statistics."""
+        self.unit.fill_(vocabulary.typical / TYPICAL)
+
+    def classes(self, ids: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+        """`value_classes` of counted genes with `values` as log1p(CP10k)."""
+        return value_classes(ids, values / self.unit, starts, self.genes)
 
     def forward(self, classes: Tensor) -> Tensor:
         """Vectors [cells, width] from `classes` int64 [cells, genes]."""
@@ -242,7 +254,8 @@ class ReferenceTeacher(Teacher):
         self.decoders = _decoders(modalities, width)
 
     def start(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        """Begin the decoders at the mean profiles."""
+        """Begin the decoders at the mean profiles, and take the unit of RNA values."""
+        self.genes.start(vocabularies["rna"])
         for name, vocabulary in vocabularies.items():
             self.decoder(name).start(vocabulary)
 
@@ -254,7 +267,7 @@ class ReferenceTeacher(Teacher):
         """RNA and ATAC vectors [cells, modalities, width]; zeros where one is absent, or ignored."""
         rna, atac = (tokens[name] for name in FUSED)
         of_rna, of_atac = (present[:, i].nonzero().squeeze(1) for i in self.columns)
-        classes = value_classes(rna.ids, rna.values, rna.offsets[:-1], self.genes.genes)
+        classes = self.genes.classes(rna.ids, rna.values, rna.offsets[:-1])
         vectors = torch.zeros(*present.shape, self.width, device=present.device)
         at = [torch.full_like(cells, i) for i, cells in zip(self.columns, (of_rna, of_atac), strict=True)]
         vectors = vectors.index_put((of_rna, at[0]), self.genes(classes[of_rna]))
@@ -312,7 +325,8 @@ class ReferenceStudent(Student):
         self.register_buffer("sees", torch.ones((), dtype=torch.bool))
 
     def start(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        """Begin the decoders at the mean profiles."""
+        """Begin the decoders at the mean profiles, and take the unit of RNA values."""
+        self.genes.start(vocabularies["rna"])
         for name, vocabulary in vocabularies.items():
             self.decoder(name).start(vocabulary)
 
@@ -338,7 +352,7 @@ class ReferenceStudent(Student):
 
     def forward(self, ids: Tensor, values: Tensor, offsets: Tensor, depth: Tensor) -> StudentOutput:
         """As `Student.forward`. `depth` is not read: value classes know no depth."""
-        rna = self.genes(value_classes(ids, values, offsets, self.genes.genes))
+        rna = self.genes(self.genes.classes(ids, values, offsets))
         atac = self.predict((rna - self.means[0]) / self.spreads[0]).float()
         pair = torch.stack([rna, atac * self.spreads[1] + self.means[1]], dim=1)
         known = torch.stack([torch.ones_like(self.sees), self.sees]).expand(len(pair), 2)

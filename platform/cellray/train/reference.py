@@ -27,7 +27,6 @@ from cellray.model.reference import (
     FUSED,
     ReferenceStudent,
     ReferenceTeacher,
-    value_classes,
 )
 from cellray.train import recipe as settings
 from cellray.train.batches import kept, plain_tokens, present
@@ -48,7 +47,6 @@ class Reader:
         self.tokenizer, self.seed, self.device = tokenizer, seed, device
         names = list(tokenizer.vocabularies)
         self.bits = {name: names.index(name) for name in FUSED}
-        self.genes = len(tokenizer.vocabularies["rna"])
 
     def has(self, batch: Batch) -> np.ndarray:
         """Which modalities each cell has, bool [cells, modalities of the store]."""
@@ -105,7 +103,7 @@ class Values:
     def losses(self, batch: Batch, step: int) -> dict[str, Loss]:
         reader, states = self.reader, self.teacher.genes.states
         rna = reader.tokens("rna", batch, 0.0, step)
-        truth = value_classes(rna.ids, rna.values, rna.offsets[:-1], reader.genes)
+        truth = self.teacher.genes.classes(rna.ids, rna.values, rna.offsets[:-1])
         hidden = torch.from_numpy(self.withheld(truth.cpu().numpy() > 0, batch.rows, step)).to(truth.device)
         shown = truth.masked_fill(hidden, CLASSES)
         parts = zip(states.groups(shown), states.groups(hidden), strict=True)
