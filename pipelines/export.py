@@ -27,14 +27,24 @@ def run(recipe: Recipe, options: Options) -> None:
 def export(run: Any, scores: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, str]:
     """Write RUN/bundle; its URL and hash. `scores` are rows for its card; None takes those of RUN.
 
-    Which kind of student: as `score.student` says, see `chosen`.
+    Which kind of student: as `score.student` says, see `chosen`. ValueError as `refuse` says.
     """
     from cellray import bundle
 
+    refuse(run.recipe)
     embedder = student_of(run, scores)
     golden = run.store.read(some(np.flatnonzero(run.test & has_rna(run)), bundle.GOLDEN)).counts["rna"]
     url = run.path("bundle")
     return url, bundle.write(url, embedder, golden=golden)
+
+
+def refuse(recipe: Recipe) -> None:
+    """ValueError for the run of a method that is there to be compared with, not to be used."""
+    if recipe.method != "cellray":
+        raise ValueError(
+            f"method={recipe.method} has no bundle: it is a baseline. Run pipelines.ingest, "
+            "pipelines.pretrain and pipelines.score with its recipe."
+        )
 
 
 def student_of(run: Any, scores: Sequence[Mapping[str, Any]] | None = None) -> Any:

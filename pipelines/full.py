@@ -14,12 +14,13 @@ from cellray.train.recipe import Recipe, fingerprint
 from pipelines import ingest as ingesting
 from pipelines.ask import ask
 from pipelines.command import Options, main
-from pipelines.export import export
+from pipelines.export import export, refuse
 from pipelines.pretrain import pretrain
 from pipelines.score import CPUS, gather, saved, score, silent, student_facts
 
 
 def run(recipe: Recipe, options: Options) -> None:
+    refuse(recipe)
     if options.dry_run:
         ingesting.run(recipe, options)
         return

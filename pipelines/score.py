@@ -89,6 +89,7 @@ def gather(run: Any) -> Any:
     teacher = TeacherVectors(read_table(run.teacher_path()), store.cells["cell_id"].combine_chunks())
     rna = batch.counts["rna"]
     students = {kind: run.trained_student(stage) for stage, kind in run.students().items()}
+    kinds = list(students)
     students["rna_only"] = run.trained_student("control")
     embeddings = {name: vectors(student, tokenizer, rna) for name, student in students.items()}
     embeddings["teacher"] = teacher.joint[torch.from_numpy(rows)].numpy()
@@ -105,7 +106,7 @@ def gather(run: Any) -> Any:
     cells = store.cells.select(["cell_id", "dataset", "donor", "batch", "label"]).take(rows).to_pandas()
     about = {entry["name"]: entry for entry in store.manifest["ingest"]["datasets"]}
     sizes = {name: len(v) for name, v in tokenizer.vocabularies.items()}
-    first = recipe.student.kinds[0]
+    first = kinds[0]
     scored = Scored(
         cells=cells.assign(test=test[rows]),
         units=run.units,
@@ -122,7 +123,7 @@ def gather(run: Any) -> Any:
         targets=pd.read_csv(recipe.score.targets) if recipe.score.targets else None,
         label_from={name: e["label_from"] for name, e in about.items() if e.get("label_from")},
     )
-    kind = compared(run, scored, {kind: embeddings[kind] for kind in recipe.student.kinds})["kind"]
+    kind = compared(run, scored, {kind: embeddings[kind] for kind in kinds})["kind"]
     students["random"] = run.student(kind).eval()
     embeddings["random"] = vectors(students["random"], tokenizer, rna)
     return replace(
@@ -166,10 +167,9 @@ def student_facts(run: Any) -> dict[str, Any]:
     assert facts is not None, "nothing was gathered yet"
     own = next(kind for kind in facts["kinds"] if kind["kind"] == facts["kind"])
     teacher = run.trained_teacher()
-    rna = [teacher.encoder("rna"), teacher.fusion]
     return {
         "parameters": own["parameters"],
-        "teacher_parameters": sum(p.numel() for module in rna for p in module.parameters()),
+        "teacher_parameters": sum(p.numel() for module in teacher.rna_path() for p in module.parameters()),
         "cells_per_cpu_second": own["cells_per_cpu_second"],
         **facts,
     }

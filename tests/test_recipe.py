@@ -179,6 +179,9 @@ def test_checks_are_made_wherever_a_value_comes_from():
         override(recipe(), {"student.kinds": "mlp,transformer", "student.heads": 5})
     with pytest.raises(ValueError, match=r"score\.student is 'transformer', but student\.kinds"):
         override(recipe(), {"score.student": "transformer"})
+    for wrong in ({"student.kinds": "transformer"}, {"score.student": "mlp"}):
+        with pytest.raises(ValueError, match="method=reference has one kind of student"):
+            override(recipe(), {"method": "reference", **wrong})
     with pytest.raises(ValueError, match="'rna' among them"):
         Recipe(modalities=())
     with pytest.raises(TypeError):

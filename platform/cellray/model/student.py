@@ -15,7 +15,7 @@ from cellray.model.encoder import Encoder, Tokens
 from cellray.model.teacher import some_cells
 
 TOGETHER = 64
-"""Cells that `embed` takes at the most, and that the sparse MLP always runs on."""
+"""Cells that `embed` takes at the most, and that a student without attention always runs on."""
 POSITIONS = 1024
 """About how many positions of cells of one length the small transformer runs on at a time."""
 
@@ -145,11 +145,8 @@ class SparseMLP(nn.Module):
         return _said(self.blocks(x), self.joint, self.impute)
 
     def embed(self, ids: Tensor, values: Tensor, offsets: Tensor, depth: Tensor) -> Tensor:
-        """As in `Student`: always on TOGETHER cells, the last ones empty, so every sum has one order."""
-        more = TOGETHER - len(depth)
-        said = self(ids, values, F.pad(offsets, (0, more), value=len(ids)), F.pad(depth, (0, more)))
-        embedding: Tensor = said.embedding
-        return embedding[: len(depth)]
+        """As in `Student`."""
+        return embed_filled(self, ids, values, offsets, depth)
 
     def decode(self, embedding: Tensor, modality: str) -> Tensor:
         predicted: Tensor = self.decoder(modality)(embedding)
@@ -243,6 +240,13 @@ def build(
         return KINDS[kind](modalities, **sizes)
     except TypeError as error:
         raise ValueError(f"a student of the kind {kind!r} has no sizes {dict(sizes)}: {error}") from None
+
+
+def embed_filled(student: Student, ids: Tensor, values: Tensor, offsets: Tensor, depth: Tensor) -> Tensor:
+    """`Student.embed`, always on TOGETHER cells, the last ones empty, so that every sum has one order."""
+    more = TOGETHER - len(depth)
+    said = student(ids, values, F.pad(offsets, (0, more), value=len(ids)), F.pad(depth, (0, more)))
+    return said.embedding[: len(depth)]
 
 
 def together(context: int) -> int:

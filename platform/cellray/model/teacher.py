@@ -113,6 +113,10 @@ class Teacher(nn.Module):
         assert isinstance(decoder, Decoder)
         return decoder
 
+    def rna_path(self) -> list[nn.Module]:
+        """What the RNA of a cell passes on its way to the joint vector."""
+        return [self.encoder("rna"), self.fusion]
+
     def summaries(self, tokens: Mapping[str, Tokens], present: Tensor) -> Tensor:
         """Unimodal summaries [cells, modalities, width]; zeros where a modality is absent.
 

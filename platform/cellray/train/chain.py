@@ -12,6 +12,7 @@ from cellray.model.teacher import Teacher
 from cellray.train import checkpoint, workers
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, plan_of, run_stage
+from cellray.train.methods import OTHERS
 from cellray.train.run import KINDS, Run
 from cellray.train.stages import Control, Distil, Joint, Stage, Unimodal, View
 from cellray.train.targets import TeacherVectors, read_table, teacher_table
@@ -25,6 +26,16 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
     stop = stop or threading.Event()
     recipe, store, train = run.recipe, run.store, ~run.test
     wanted = [kind for kind in KINDS if kind in recipe.stages]
+    if other := OTHERS.get(recipe.method):
+        other.chain(
+            run,
+            device,
+            lambda stage, root, origin, kind: _stage(
+                stage, root, run, origin, train, emit, stop, kind in wanted
+            ),
+            lambda teacher, origin: _vectors(teacher, run, origin, emit, device),
+        )
+        return
     teacher = run.teacher().to(device)
     origin = store.hash
     for modality in store.tokenizer.vocabularies:
@@ -134,6 +145,8 @@ def outlook(run: Run) -> list[Outlook]:
     ]
     shapes += [("joint", names, recipe.joint.epochs)]
     shapes += [(name, ("rna",), recipe.distil.epochs) for name in (*run.students(), "control")]
+    if other := OTHERS.get(recipe.method):
+        shapes = other.shapes(recipe)
     found = []
     for name, reads, epochs in shapes:
         plan = plan_of(store, recipe, ~run.test, reads, reads, epochs)

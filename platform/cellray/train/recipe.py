@@ -344,6 +344,9 @@ class Recipe:
     score: Score = Score()
     notes: Mapping[str, str] = field(default_factory=dict)
     """Free text kept with the run."""
+    method: Literal["cellray", "reference"] = "cellray"
+    """What is trained: cellray, or the published design it is compared with (RNA and ATAC only; of the
+    settings it reads those that `cellray.train.reference` names)."""
 
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)
@@ -352,6 +355,11 @@ class Recipe:
         names = [m.name for m in self.modalities]
         if len(set(names)) < len(names) or "rna" not in names:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
+        if self.method != "cellray" and (self.student.kinds != ("mlp",) or self.score.student != "auto"):
+            raise ValueError(
+                f"method={self.method} has one kind of student, its own: leave student.kinds and "
+                "score.student as they are"
+            )
         if "transformer" in self.student.kinds and self.network.width % self.student.heads:
             raise ValueError(
                 f"network.width {self.network.width} is no multiple of student.heads {self.student.heads}"

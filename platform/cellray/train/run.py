@@ -27,15 +27,18 @@ from cellray.data.cache import Cache
 from cellray.data.split import held_out
 from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
+from cellray.model.reference import ReferenceStudent
 from cellray.model.student import SmallTransformer, SparseMLP, build
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
 from cellray.train.contexts import Contexts, names_of
+from cellray.train.methods import OTHERS
 from cellray.train.recipe import LAUNCH, Recipe, describe, distil_stage, from_json, to_json
 from cellray.train.targets import read_table
 
 KINDS = ("unimodal", "joint", "distil")
 """The stages a user names."""
+AnyStudent = SparseMLP | SmallTransformer | ReferenceStudent
 NOT_TRAINING = (*LAUNCH, "atlas", "dataset", "ingest", "qc", "score")
 """Settings that training does not read; what ingest made of them is in the store's hash."""
 
@@ -129,11 +132,15 @@ class Run:
 
     def chain(self) -> list[str]:
         """Every stage of the run in order."""
+        if other := OTHERS.get(self.recipe.method):
+            return [name for name, _, _ in other.shapes(self.recipe)]
         modalities = self.store.tokenizer.vocabularies
         return [*(f"unimodal-{name}" for name in modalities), "joint", *self.students(), "control"]
 
     def students(self) -> dict[str, str]:
         """Stages that train a student, in order -> its kind. The control, a sparse MLP, is not of them."""
+        if self.recipe.method in OTHERS:
+            return {"distil": self.recipe.method}
         return {distil_stage(kind): kind for kind in self.recipe.student.kinds}
 
     def key(self, stage: str, started_from: str) -> str:
@@ -160,6 +167,8 @@ class Run:
 
     def teacher(self) -> Teacher:
         """The teacher before training: the same numbers for the same recipe and store."""
+        if other := OTHERS.get(self.recipe.method):
+            return other.teacher(self)
         n = self.recipe.network
         vocabularies = self.tokenizer.vocabularies
         with torch.random.fork_rng(devices=()):
@@ -176,8 +185,13 @@ class Run:
         teacher.start(vocabularies)
         return teacher
 
-    def student(self, kind: str = "mlp") -> SparseMLP | SmallTransformer:
-        """A student before training: the same numbers for the same recipe and store."""
+    def student(self, kind: str = "mlp") -> AnyStudent:
+        """A student before training: the same numbers for the same recipe and store.
+
+        A method that is not ours has one kind, whatever `kind` says.
+        """
+        if other := OTHERS.get(self.recipe.method):
+            return other.student(self)
         s = self.recipe.student
         vocabularies = self.tokenizer.vocabularies
         sizes = {
@@ -213,7 +227,7 @@ class Run:
         checkpoint.load(self.path("stages", "joint"), teacher)
         return teacher.eval()
 
-    def trained_student(self, stage: str = "") -> SparseMLP | SmallTransformer:
+    def trained_student(self, stage: str = "") -> AnyStudent:
         """The student of a stage, or "control", after stage 3; by default the first kind's.
 
         ValueError where that has not finished.

@@ -42,8 +42,11 @@ class TeacherVectors:
         has = (table["present"].to_numpy()[order][:, None] >> np.arange(len(names))) & 1 == 1
         self.mean, self.spread = _centre(joint, np.ones(len(joint), bool))
         self.joint = torch.from_numpy((joint - self.mean) / self.spread)
+        self.centres: list[tuple[np.ndarray, float]] = []
+        """Mean and spread of each modality's summaries."""
         for i in range(len(names)):
             mean, spread = _centre(summaries[:, i], has[:, i])
+            self.centres.append((mean, spread))
             summaries[:, i] = (summaries[:, i] - mean) / spread
         self.summaries = torch.from_numpy(summaries)
 
