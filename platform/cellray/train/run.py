@@ -26,6 +26,7 @@ from cellray.data.cache import Cache
 from cellray.data.split import held_out
 from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
+from cellray.model.attention import Compute
 from cellray.model.student import Student
 from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
@@ -150,6 +151,11 @@ class Run:
                 fusion_layers=n.fusion_layers,
             )
         teacher.start(vocabularies)
+        r = self.recipe
+        for name in teacher.names:
+            teacher.encoder(name).compute = Compute(
+                together=r.together, recompute=r.recompute, compile=r.compile
+            )
         return teacher
 
     def student(self) -> Student:
