@@ -3,16 +3,23 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from cellray.model.attention import Compute, Packed, attention, compiles, flash, groups
 from cellray.model.encoder import Encoder, Tokens
 from cellray.model.teacher import some_cells
+from cellray.train.feed import Share
+from cellray.train.fit import adamw, step
 from cellray.train.meters import Gauges, Meter
+from cellray.train.recipe import Optim
+from cellray.train.stages import Joint
+from tests import stores
 
 WIDTH, CONTEXT = 32, 60
 LENGTHS = [3, 60, 0, 17, 90, 1, 61, 12, 33, 7, 7, 8]
@@ -117,9 +124,23 @@ def test_attention_is_each_cells_own_packed_or_padded(lengths, seed):
     packed = attention(q, k, v, Packed(ends, 128, False))
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     q, k, v = (torch.full((*real.shape, 2, 8), 1e3).index_put((real,), part) for part in (q, k, v))
-    wanted = plain_attention(*(part.transpose(1, 2) for part in (q, k, v)), real).transpose(1, 2)[real]
+    heads = [part.transpose(1, 2) for part in (q, k, v)]
+    wanted = plain_attention(heads[0], heads[1], heads[2], real).transpose(1, 2)[real]
     torch.testing.assert_close(packed, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(attention(q, k, v, real)[real], wanted, atol=1e-5, rtol=0)
+
+
+def test_the_kernel_for_gpus_takes_what_it_is_given_forward_and_backward():
+    """On tensors without numbers, as there is no such kernel here: its arguments, shapes and types."""
+    with FakeTensorMode():
+        qkv = torch.empty(50, 3, 4, 16, dtype=torch.bfloat16, requires_grad=True)
+        offsets = torch.empty(4, dtype=torch.int32)
+        mixed = attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], Packed(offsets, 128, True))
+        assert (mixed.shape, mixed.dtype) == ((50, 4, 16), torch.bfloat16)
+        assert "varlen" in type(mixed.grad_fn).__name__
+        mixed.sum().backward()
+        assert qkv.grad is not None
+        assert qkv.grad.shape == qkv.shape
 
 
 def test_a_cell_has_the_same_bits_in_any_batch():
@@ -148,6 +169,23 @@ def test_making_activations_anew_changes_no_bit(halved):
     assert gradients.keys() == gradients2.keys()
     assert len(gradients) > 20
     assert all(torch.equal(gradients[name], gradients2[name]) for name in gradients)
+
+
+def test_a_run_computes_as_its_recipe_says_and_comes_to_the_same_bits(tmp_path):
+    plain, frugal = stores.run(tmp_path), stores.run(tmp_path, recompute=True, compile="off")
+    teachers = plain.teacher(), frugal.teacher()
+    assert teachers[1].encoder("rna").compute == Compute(recompute=True, compile="off")
+    assert plain.key("joint", "") == frugal.key("joint", "")
+    batch = Share(0, 48, 0, plain.store.read(np.arange(48)))
+    losses = []
+    for run, teacher in zip((plain, frugal), teachers, strict=True):
+        stage = Joint(run.recipe.joint, teacher, run.tokenizer, seed=0, device="cpu")
+        parameters, optimizer = adamw(stage.trained(), Optim(lr=1e-3))
+        losses.append([step(stage, batch, parameters, optimizer, 1.0) for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+    after = [teacher.state_dict() for teacher in teachers]
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
 
 
 def kept(model, cells):
@@ -196,6 +234,7 @@ def test_nothing_of_a_gpu_is_taken_on_a_cpu():
 
 
 @pytest.mark.slow  # compiling takes half a minute
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_compiled_layers_are_the_eager_ones_for_all_lengths_at_once():
     eager, compiled = encoder(together=100), encoder(together=100, compile="on")
     recomputed = encoder(together=100, compile="on", recompute=True)
@@ -212,6 +251,7 @@ def test_compiled_layers_are_the_eager_ones_for_all_lengths_at_once():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_layers_are_compiled_though_the_first_step_was_watched():
     model, cells = encoder(compile="on"), tokens(LENGTHS)
     torch._dynamo.reset()

@@ -160,6 +160,7 @@ class Encoder(nn.Module):
     def _attended(self, x: Tensor, cls: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Summaries [cells, width] and states [tokens, width] of tokens `x` [tokens, width]."""
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             layer.compiled = compiles(self.compute, x.device)
         host = offsets.cpu()  # the one time that a GPU is waited for
         parts = groups(host, self.compute.together)
