@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cellray.model.encoder import Encoder, Tokens, _pad, groups
+from cellray.model.attention import Compute
+from cellray.model.encoder import Encoder, Tokens
 from cellray.train import meters
 from cellray.train.chain import chain
 from cellray.train.feed import Feed
 from cellray.train.fit import adamw, plan_of, step
-from cellray.train.meters import Gauges, Meter, matmul_peak, operations, peak_memory, positions, wasted
+from cellray.train.meters import Gauges, Meter, matmul_peak, operations, peak_memory, positions, repeated
 from cellray.train.recipe import Optim
 from tests import stores
 from tests.test_stages import stage
@@ -37,9 +38,9 @@ def counted(encoder, lengths):
 
 
 def by_hand(lengths, width, layers):
-    """Operations of an encoder without padding: three products a linear layer, two if its input is data."""
-    cells, tokens = len(lengths), sum(lengths)
-    places = cells + tokens
+    """Operations of an encoder: three products a linear layer, two if its input is data; 8 rows at least."""
+    cells, tokens = max(8, len(lengths)), max(8, sum(lengths))
+    places = len(lengths) + sum(lengths)
     layer = 3 * 2 * 12 * width**2 * places + 7 * 2 * width * sum((n + 1) ** 2 for n in lengths)
     value = 2 * 2 * width * tokens + 3 * 2 * width**2 * tokens
     depth = 2 * 2 * width * cells
@@ -49,27 +50,32 @@ def by_hand(lengths, width, layers):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("lengths", [[7] * 5, [30] * 2, [0] * 3 + [4]])
+@pytest.mark.parametrize("lengths", [[7] * 5, [30] * 2, [0] * 3 + [4], [3, 60, 9]])
 def test_operations_are_those_counted_by_hand(lengths, layers):
     encoder = Encoder(50, 16, layers, 2, context=64)
-    useful, computed, pairs = positions(tokens_of(lengths).offsets, 64)
-    assert useful == sum(lengths) + len(lengths)
-    found = counted(encoder, lengths) - wasted(encoder, computed - useful, pairs)
-    assert found == by_hand(lengths, 16, layers)
+    assert counted(encoder, lengths) == by_hand(lengths, 16, layers)
+
+
+@pytest.mark.parametrize("lengths", [[7] * 5, [3, 60, 9]])
+def test_what_is_computed_again_is_not_counted_as_use(lengths):
+    encoder = Encoder(50, 16, 2, 2, context=64)
+    encoder.compute = Compute(recompute=True, together=20)
+    useful, computed, pairs = positions(tokens_of(lengths).offsets, 64, 20)
+    assert useful == computed == sum(lengths) + len(lengths)
+    assert counted(encoder, lengths) - repeated(encoder, computed, pairs) == by_hand(lengths, 16, 2)
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)
-@given(st.lists(st.integers(0, 90), min_size=1, max_size=40), st.integers(1, 70))
-def test_positions_are_those_the_encoder_pads(lengths, context):
-    offsets = torch.tensor([0, *itertools.accumulate(min(n, context) for n in lengths)])
-    x, cls = torch.zeros(int(offsets[-1]), 2), torch.zeros(len(lengths), 2)
-    useful = computed = pairs = 0
-    for cells in groups(offsets):
-        padded, _, at, _ = _pad(x, cls, offsets, cells)
-        real = 1 + at.sum(1)
-        useful, computed = useful + int(real.sum()), computed + padded.shape[0] * padded.shape[1]
-        pairs += padded.shape[0] * padded.shape[1] ** 2 - int(real.square().sum())
-    assert positions(tokens_of(lengths).offsets, context) == (useful, computed, pairs)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=40), st.integers(1, 70), st.integers(1, 200))
+def test_positions_are_those_the_layers_see(lengths, context, together):
+    encoder, seen = Encoder(50, 8, 1, 1, context), []
+    encoder.compute = Compute(together=together)
+    encoder.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(len(args[0])))
+    with torch.inference_mode():
+        encoder(tokens_of(lengths))
+    own = [min(n, context) + 1 for n in lengths]
+    wanted = (sum(own), sum(seen), sum(n * n for n in own))
+    assert positions(tokens_of(lengths).offsets, context, together) == wanted
 
 
 def test_gathers_are_no_operations():

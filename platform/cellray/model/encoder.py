@@ -1,17 +1,29 @@
 """One modality's tokens -> a summary vector a cell, and a state a token."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cellray.data.tokens import Vocabulary
+from cellray.model.attention import (
+    BLOCK,
+    ROWS,
+    Compute,
+    Packed,
+    attention,
+    compiles,
+    flash,
+    groups,
+    spans,
+    steady,
+)
 from cellray.model.values import ENCODINGS
-
-GROUP = 16_384
-"""Most padded tokens that attend in one call: enough to fill the cores, little enough for their caches."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +69,24 @@ class Layer(nn.Module):
         self.body = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
+        self.compiled = False
 
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """`x` [cells, positions, width]; `real` bool [cells, positions], None where all are."""
-        cells, positions, width = x.shape
-        shape = (cells, positions, self.heads, width // self.heads)
-        q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(self.before(x)).chunk(3, dim=-1))
-        mask = None if real is None else real[:, None, None, :]
-        if x.device.type == "cpu":  # there the backward of bf16 attention takes twice the time of fp32
-            with torch.autocast("cpu", enabled=False):
-                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.mix(mixed.transpose(1, 2).reshape(cells, positions, width))
-        return x + self.body(x)
+    def forward(self, x: Tensor, where: Tensor | Packed | None) -> Tensor:
+        """`x` [cells, positions, width] or, packed, [positions, width]; `where` as `attention` wants it."""
+        return (_compiled() if self.compiled else _layer)(self, x, where)
+
+
+def _layer(layer: Layer, x: Tensor, where: Tensor | Packed | None) -> Tensor:
+    q, k, v = layer.qkv(layer.before(x)).unflatten(-1, (3, layer.heads, -1)).unbind(-3)
+    x = x + layer.mix(attention(q, k, v, where).flatten(-2))
+    found: Tensor = x + layer.body(x)
+    return found
+
+
+@functools.cache
+def _compiled() -> Callable[[Layer, Tensor, Tensor | Packed | None], Tensor]:
+    """One function for the layers of all encoders, so that it is compiled once, for all lengths."""
+    return torch.compile(_layer, dynamic=True)
 
 
 class Encoder(nn.Module):
@@ -101,6 +117,7 @@ class Encoder(nn.Module):
         """`encoding` as in `values.ENCODINGS`; `about`: names there are in each column of `Tokens.about`."""
         super().__init__()
         self.context = context
+        self.heads, self.compute = heads, Compute()
         self.feature = nn.Embedding(features, width)
         self.value = ENCODINGS[encoding](width)
         self.cls = nn.Parameter(torch.zeros(width))
@@ -132,7 +149,8 @@ class Encoder(nn.Module):
         weighted = F.embedding_bag(
             tokens.ids, self.feature.weight, tokens.offsets[:-1], mode="sum", per_sample_weights=weights
         )
-        cls = self.cls + self.depth((tokens.depth - self.reference)[:, None]) + self.bag(weighted)
+        depth = steady(self.depth, (tokens.depth - self.reference)[:, None])
+        cls = self.cls + depth + steady(self.bag, weighted)
         for column, vectors in enumerate(self.about):
             known = tokens.ids.new_zeros(len(tokens)) if tokens.about is None else tokens.about[:, column]
             cls = cls + vectors(known)
@@ -141,55 +159,75 @@ class Encoder(nn.Module):
         if withheld is not None:
             said = torch.where(tokens.hidden[within][:, None], withheld, said)
         x = self.feature(tokens.ids[within]) + said
-        states, summaries, order = [], [], []
-        for cells in groups(offsets):
-            y, index, at, real = _pad(x, cls, offsets, cells)
-            for layer in self.layers:
-                y = layer(y, real)
-            y = self.out(y)
-            summaries.append(self.summary(y[:, 0]))
-            states.append((within[index], y[:, 1:][at]))
-            order.append(cells)
-        summary = torch.cat(summaries)[torch.argsort(torch.cat(order))]
-        found = torch.cat([s for _, s in states])
+        summary, found = self._attended(x, cls, offsets)
+        if len(found) == len(tokens.ids):
+            return Encoded(summary, found)
         spread = found.new_zeros(len(tokens.ids), found.shape[1])
-        return Encoded(summary, spread.index_put((torch.cat([i for i, _ in states]),), found))
+        return Encoded(summary, spread.index_put((within,), found))
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """While the body runs, layers are not compiled.
+
+        For those who watch operations: in such a mode torch.compile gives up on a function for good.
+        """
+        compute = self.compute
+        self.compute = replace(compute, compile="off")
+        try:
+            yield
+        finally:
+            self.compute = compute
+
+    def _attended(self, x: Tensor, cls: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Summaries [cells, width] and states [tokens, width] of tokens `x` [tokens, width]."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.compiled = compiles(self.compute, x.device)
+        host = offsets.cpu()  # the one time that a GPU is waited for
+        parts = groups(host, self.compute.together)
+        order, lengths = torch.cat(parts), host.diff()
+        index = spans(host[:-1][order], lengths[order], len(x)).to(x.device)
+        cells, counts = [len(part) for part in parts], [int(lengths[part].sum()) for part in parts]
+        shares = zip(
+            x.index_select(0, index).split(counts),
+            cls.index_select(0, order.to(x.device)).split(cells),
+            lengths[order].to(x.device).split(cells),
+            [int(lengths[part[-1:]].sum()) + 1 for part in parts],
+            strict=True,
+        )
+        if self.compute.recompute and torch.is_grad_enabled():
+            again = functools.partial(checkpoint, self._part, use_reentrant=False, preserve_rng_state=False)
+            found = [again(*share) for share in shares]
+        else:
+            found = [self._part(*share) for share in shares]
+        firsts, states = (torch.cat(one) for one in zip(*found, strict=True))
+        summary = steady(self.summary, firsts.index_select(0, torch.argsort(order).to(x.device)))
+        return summary, torch.zeros_like(states).index_copy(0, index, states)
+
+    def _part(self, x: Tensor, cls: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """States at [CLS] and at the tokens of cells that pass the layers in one call.
+
+        `lengths` [cells] of their tokens; `longest` is the most positions that a cell has.
+        """
+        rows = len(x) + len(cls)
+        ends = torch.cumsum(lengths + 1, 0)
+        firsts, offsets = ends - lengths - 1, F.pad(ends, (1, 0))
+        if rows < ROWS:  # a cell more, of nothing: see `steady`
+            offsets = F.pad(offsets, (0, 1), value=ROWS)
+        at = spans(firsts + 1, lengths, len(x))
+        y = x.new_zeros(max(rows, ROWS), x.shape[1])
+        y = y.index_copy(0, firsts, cls.to(y.dtype)).index_copy(0, at, x)
+        weight, longest = self.summary.weight, -(-max(longest, ROWS) // BLOCK) * BLOCK
+        takes = flash(y.device, weight.dtype, y.shape[1] // self.heads)
+        where = Packed(offsets.to(torch.int32), longest, takes)
+        for layer in self.layers:
+            y = layer(y, where)
+        y = self.out(y)
+        return y.index_select(0, firsts), y.index_select(0, at)
 
 
 def first_tokens(offsets: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """Positions of the first `context` tokens of every cell, and the offsets of what is left."""
     lengths = (offsets[1:] - offsets[:-1]).clamp(max=context)
     left = F.pad(torch.cumsum(lengths, 0), (1, 0))
-    shift = torch.repeat_interleave(offsets[:-1] - left[:-1], lengths)
-    return torch.arange(int(left[-1]), device=offsets.device) + shift, left
-
-
-def _pad(
-    x: Tensor, cls: Tensor, offsets: Tensor, cells: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Some cells as [cells, 1 + longest, width]; the tokens used; where they sit; what is real."""
-    lengths = offsets[cells + 1] - offsets[cells]
-    positions = torch.arange(int(lengths.max()) if len(lengths) else 0, device=x.device)
-    at = positions < lengths[:, None]
-    index = (offsets[cells][:, None] + positions)[at]
-    body = x.new_zeros(*at.shape, x.shape[1]).index_put((at,), x[index])
-    real = torch.cat([at.new_ones(len(cells), 1), at], dim=1)
-    padded = torch.cat([cls[cells][:, None].to(x.dtype), body], dim=1)
-    return padded, index, at, None if bool(at.all()) else real
-
-
-def groups(offsets: Tensor) -> list[Tensor]:
-    """Cells in groups of like length, so that little is padded: each a tensor of cell indices."""
-    lengths = offsets[1:] - offsets[:-1]
-    order = torch.argsort(lengths, stable=True)
-    found, first = [], 0
-    sizes = (lengths[order] + 1).tolist()
-    for end in range(1, len(sizes) + 1):
-        if (
-            end == len(sizes)
-            or (end - first + 1) * sizes[end] > GROUP
-            or sizes[end] > 1.25 * sizes[first] + 16
-        ):
-            found.append(order[first:end])
-            first = end
-    return found
+    return spans(offsets[:-1], lengths, int(left[-1])), left

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cellray.model.attention import steady
+
 if TYPE_CHECKING:
     from cellray.model.encoder import Tokens
 
@@ -28,6 +30,10 @@ class Scaled(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Vectors [tokens, width]; none depends on how many there are."""
+        return steady(super().forward, codes)
 
     def read(self, tokens: "Tokens", unit: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, and weights [tokens]."""

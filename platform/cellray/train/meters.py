@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cellray.model.encoder import Encoder, first_tokens, groups
+from cellray.model.attention import ROWS, groups
+from cellray.model.encoder import Encoder, first_tokens
 
 CURVE = 200
 """Points of a stage's loss curve."""
@@ -115,7 +116,10 @@ class Gauges:
             yield
             return
         self._wasted = 0.0
-        with operations() as counter:
+        with contextlib.ExitStack() as stack:
+            for encoder in self._encoders:
+                stack.enter_context(encoder.eager())
+            counter = stack.enter_context(operations())
             yield
         self._work = max(0.0, counter.get_total_flops() - self._wasted) / max(tokens, 1)
 
@@ -175,36 +179,32 @@ class Gauges:
     def _encode(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(encoder, Encoder)
         tokens = args[0] if args else kwargs["tokens"]
-        useful, computed, squares = positions(tokens.offsets, encoder.context)
+        useful, computed, pairs = positions(tokens.offsets, encoder.context, encoder.compute.together)
         self._useful, self._computed = self._useful + useful, self._computed + computed
-        self._wasted += wasted(encoder, computed - useful, squares)
+        if encoder.compute.recompute and torch.is_grad_enabled():
+            self._wasted += repeated(encoder, computed, pairs)
 
 
-def positions(offsets: Tensor, context: int) -> tuple[int, int, int]:
-    """Of an encoder on cells with these `offsets`: useful and computed positions, and wasted pairs.
+def positions(offsets: Tensor, context: int, together: int) -> tuple[int, int, int]:
+    """Of an encoder on cells with these `offsets`: useful and computed positions, and compared pairs.
 
-    A cell's positions are [CLS] and its first `context` tokens; computed are those of the longest cell
-    of its group, for each cell. Pairs are what attention compares: positions squared, summed over cells.
+    A cell's positions are [CLS] and its first `context` tokens. None is padded, but a call on fewer
+    than a handful. Pairs are what attention compares: positions squared, summed over cells.
     """
-    lengths = torch.diff(first_tokens(offsets.cpu(), context)[1])  # waits for the device once, not a group
-    useful = computed = pairs = 0
-    for cells in groups(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])):
-        own = (lengths[cells] + 1).tolist()
-        useful += sum(own)
-        computed += len(own) * max(own)
-        pairs += len(own) * max(own) ** 2 - sum(n * n for n in own)
-    return useful, computed, pairs
+    left = first_tokens(offsets.cpu(), context)[1]  # waits for the device once
+    own = left.diff() + 1
+    calls = [int(own[cells].sum()) for cells in groups(left, together)]
+    return sum(calls), sum(max(call, ROWS) for call in calls), int(own.square().sum())
 
 
-def wasted(encoder: Encoder, places: int, pairs: int) -> float:
-    """Operations of a training step that `places` padded positions and `pairs` of them cost an encoder.
+def repeated(encoder: Encoder, places: int, pairs: int) -> float:
+    """Operations by which a training step of an encoder grows if activations are made anew.
 
-    A layer has 12 width² weights, each a multiplication and an addition a position, and twice
-    that again backward. Attention is two products a pair forward and five backward, where it makes
-    its scores anew.
+    A layer has 12 width² weights, each a multiplication and an addition a position. Attention is two
+    products a pair.
     """
     width = encoder.summary.in_features
-    return len(encoder.layers) * (3 * 2 * 12 * width**2 * places + 7 * 2 * width * pairs)
+    return len(encoder.layers) * (2 * 12 * width**2 * places + 2 * 2 * width * pairs)
 
 
 def operations() -> FlopCounterMode:

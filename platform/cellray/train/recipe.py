@@ -347,11 +347,19 @@ class Recipe:
     method: Literal["cellray", "reference"] = "cellray"
     """What is trained: cellray, or the published design it is compared with (RNA and ATAC only; of the
     settings it reads those that `cellray.train.reference` names)."""
+    together: int = 16_384
+    """Most positions, tokens and [CLS], that pass an encoder's layers in one call."""
+    recompute: bool = False
+    """Make the activations of such a call anew when its gradient is taken, instead of keeping those of
+    all: a batch of any size in the memory of one call, the same update to the bit, a third more work."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse the layers with torch.compile; auto does on a GPU, where there is a C compiler too."""
 
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)
         _within("threads", self.threads, 1, 1024)
         _within("checkpoint_keep", self.checkpoint_keep, 1, 1000)
+        _within("together", self.together, 1, 1 << 30)
         names = [m.name for m in self.modalities]
         if len(set(names)) < len(names) or "rna" not in names:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")
@@ -384,6 +392,9 @@ LAUNCH = (
     "track",
     "stages",
     "notes",
+    "together",
+    "recompute",
+    "compile",
 )
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 

@@ -27,6 +27,7 @@ from cellray.data.cache import Cache
 from cellray.data.split import held_out
 from cellray.data.store import Store
 from cellray.data.tokens import Tokenizer
+from cellray.model.attention import Compute
 from cellray.model.reference import ReferenceStudent
 from cellray.model.student import SmallTransformer, SparseMLP, build
 from cellray.model.teacher import Teacher
@@ -165,6 +166,12 @@ class Run:
         names = names_of(self.store.cells, network.context_of, ~self.test)
         return Contexts(self.store.cells, names, hide=network.context_hidden)
 
+    @property
+    def compute(self) -> Compute:
+        """How encoders are computed."""
+        r = self.recipe
+        return Compute(together=r.together, recompute=r.recompute, compile=r.compile)
+
     def teacher(self) -> Teacher:
         """The teacher before training: the same numbers for the same recipe and store."""
         if other := OTHERS.get(self.recipe.method):
@@ -183,6 +190,8 @@ class Run:
                 contexts=self.contexts.names if self.contexts else None,
             )
         teacher.start(vocabularies)
+        for name in teacher.names:
+            teacher.encoder(name).compute = self.compute
         return teacher
 
     def student(self, kind: str = "mlp") -> AnyStudent:
@@ -210,6 +219,8 @@ class Run:
                 {"width": self.recipe.network.width, **sizes},
             )
         student.start(vocabularies)
+        if isinstance(student, SmallTransformer):
+            student.encoder.compute = self.compute
         return student
 
     def teacher_path(self, hash: str = "") -> str:
