@@ -37,8 +37,24 @@ class Encoded:
 
     summary: Tensor
     """[cells, width]."""
-    states: Tensor
-    """[tokens, width]; zeros beyond the context."""
+    attended: Tensor
+    """States of the tokens within the context, [tokens there, width]."""
+    places: Tensor
+    """Which tokens these are, rising."""
+    tokens: int
+    """How many there are in all."""
+
+    def at(self, places: Tensor) -> Tensor:
+        """States of the tokens at `places`, which must lie within the context."""
+        if len(self.attended) == self.tokens:
+            return self.attended[places]
+        return self.attended[torch.searchsorted(self.places, places)]
+
+    @property
+    def states(self) -> Tensor:
+        """[tokens, width]; zeros beyond the context. Of a whole cell that is much memory to fill: see `at`."""
+        found = self.attended.new_zeros(self.tokens, self.attended.shape[1])
+        return found.index_put((self.places,), self.attended)
 
 
 class Layer(nn.Module):
@@ -128,9 +144,8 @@ class Encoder(nn.Module):
             states.append((within[index], y[:, 1:][at]))
             order.append(cells)
         summary = torch.cat(summaries)[torch.argsort(torch.cat(order))]
-        found = torch.cat([s for _, s in states])
-        spread = found.new_zeros(len(tokens.ids), found.shape[1])
-        return Encoded(summary, spread.index_put((torch.cat([i for i, _ in states]),), found))
+        places, again = torch.sort(torch.cat([i for i, _ in states]))
+        return Encoded(summary, torch.cat([s for _, s in states])[again], places, len(tokens.ids))
 
 
 def first_tokens(offsets: Tensor, context: int) -> tuple[Tensor, Tensor]:
