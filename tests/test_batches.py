@@ -115,9 +115,8 @@ def test_features_asked_are_those_that_draw_least(features, most, seed):
         assert asked.tolist() == sorted(sorted(range(features), key=draws.__getitem__)[:most])
         counts = cells([20, 3], seed)
         if features == FEATURES:
-            assert np.array_equal(
-                targets(counts, features, asked), counts.matrix(features).toarray()[:, asked]
-            )
+            dense = counts.matrix(features).toarray()
+            assert np.array_equal(targets(counts, features, asked), dense[:, asked])
 
 
 @pytest.mark.parametrize("context", [8, 64])

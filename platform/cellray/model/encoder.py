@@ -52,7 +52,7 @@ class Encoded:
 
     @property
     def states(self) -> Tensor:
-        """[tokens, width]; zeros beyond the context. Of a whole cell that is much memory to fill: see `at`."""
+        """[tokens, width]; zeros beyond the context. That is much memory to fill: see `at`."""
         found = self.attended.new_zeros(self.tokens, self.attended.shape[1])
         return found.index_put((self.places,), self.attended)
 
