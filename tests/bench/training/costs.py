@@ -51,16 +51,17 @@ def lengths(cells: int, sigma: float, seed: int) -> list[int]:
 
 
 def packed(lengths: Sequence[int], context: int = FEATURES) -> float:
-    """Tokens and [CLS] of cells of these lengths over the positions that an encoder's layer is given."""
+    """Tokens and [CLS] of cells of these lengths over the positions that a layer is given."""
     encoder, computed = Encoder(FEATURES, 8, 1, 1, context).eval(), 0
 
-    def count(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def counted(x: Tensor, *_: object) -> Tensor:
         nonlocal computed
-        computed += args[0].numel() // args[0].shape[-1]
+        computed += x.numel() // x.shape[-1]
+        return x
 
     for module in encoder.modules():
         if isinstance(module, Layer):
-            module.register_forward_pre_hook(count)
+            vars(module)["forward"] = counted  # what it would compute is no matter here
     with torch.inference_mode():
         encoder(plain(lengths))
     return sum(min(n, context) + 1 for n in lengths) / computed
