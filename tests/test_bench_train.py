@@ -104,7 +104,7 @@ def test_a_held_training_makes_the_steps_it_is_let_and_no_more(tmp_path):
         gate.open()
         thread.join()
     finally:
-        stages.Unimodal.losses = plain
+        setattr(stages.Unimodal, "losses", plain)  # noqa: B010
     assert ended == ["stopped"]
     assert len((tmp_path / "pauses").read_text().split()) >= 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -121,7 +121,8 @@ def test_tensors_that_are_kept_are_those_that_would_be_made(tmp_path, monkeypatc
     monkeypatch.setattr(training, "RESIDENT", 2)
     losses = []
     for kept in (False, True):
-        memory, made = training.Memory(), []
+        memory = training.Memory()
+        made: list[dict[str, float]] = []
         with monkeypatch.context() as patch:
             for name in training.MADE:
                 patch.setattr(stages, name, vars(stages)[name])

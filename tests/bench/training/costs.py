@@ -11,7 +11,7 @@ from cellray.data.modalities import RNA
 from cellray.data.store import Batch
 from cellray.data.tokens import Tokenizer
 from cellray.model.encoder import Encoder, Layer, Tokens
-from cellray.model.teacher import Teacher
+from cellray.model.teacher import Heads, Teacher
 from cellray.train import recipe
 from cellray.train.stages import Unimodal
 from tests.bench.datalayer.reading import Effort
@@ -102,16 +102,16 @@ def computed(words: Tokenizer, batch: Batch) -> tuple[int, int, int, int]:
     stage = Unimodal(recipe.Unimodal(), teacher, words, "rna", seed=0, device="cpu")
     made: dict[str, int] = {}
 
-    def count(name: str) -> None:
+    def count(name: str, module: nn.Module) -> None:
         def hook(module: nn.Module, args: object, found: Tensor) -> None:
             made[name] = made.get(name, 0) + found.numel()
 
-        {"heads": teacher.heads["rna"].detection, "decoder": teacher.decoder("rna")}[
-            name
-        ].register_forward_hook(hook)
+        module.register_forward_hook(hook)
 
-    count("heads")
-    count("decoder")
+    heads = teacher.heads["rna"]
+    assert isinstance(heads, Heads)
+    count("heads", heads.detection)
+    count("decoder", teacher.decoder("rna"))
     losses = stage.losses(batch, 0)
     tokens = int(batch.counts["rna"].offsets[-1])
     return made["heads"], int(losses["detection"].count), made["decoder"] // len(batch.rows), tokens
