@@ -53,8 +53,24 @@ class Encoded:
 
     summary: Tensor
     """[cells, width]."""
-    states: Tensor
-    """[tokens, width]; zeros beyond the context."""
+    attended: Tensor
+    """States of the tokens within the context, [tokens there, width], in the order they were computed."""
+    places: Tensor
+    """Which token each of them is of."""
+    tokens: int
+    """How many there are in all."""
+
+    def at(self, places: Tensor) -> Tensor:
+        """States of the tokens at `places`, which must lie within the context."""
+        rows = torch.arange(len(self.places), device=places.device)
+        row = self.places.new_full((self.tokens,), len(rows)).index_copy(0, self.places, rows)
+        return self.attended[row[places]]
+
+    @property
+    def states(self) -> Tensor:
+        """[tokens, width]; zeros beyond the context. That is much memory to fill: see `at`."""
+        found = self.attended.new_zeros(self.tokens, self.attended.shape[1])
+        return found.index_put((self.places,), self.attended)
 
 
 class Layer(nn.Module):
@@ -159,11 +175,8 @@ class Encoder(nn.Module):
         if withheld is not None:
             said = torch.where(tokens.hidden[within][:, None], withheld, said)
         x = self.feature(tokens.ids[within]) + said
-        summary, found = self._attended(x, cls, offsets)
-        if len(found) == len(tokens.ids):
-            return Encoded(summary, found)
-        spread = found.new_zeros(len(tokens.ids), found.shape[1])
-        return Encoded(summary, spread.index_put((within,), found))
+        summary, states, order = self._attended(x, cls, offsets)
+        return Encoded(summary, states, within[order], len(tokens.ids))
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
@@ -178,8 +191,11 @@ class Encoder(nn.Module):
         finally:
             self.compute = compute
 
-    def _attended(self, x: Tensor, cls: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Summaries [cells, width] and states [tokens, width] of tokens `x` [tokens, width]."""
+    def _attended(self, x: Tensor, cls: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Summaries [cells, width] and states [tokens, width] of tokens `x` [tokens, width].
+
+        Then of which token each state is: they come as they are computed.
+        """
         for layer in self.layers:
             assert isinstance(layer, Layer)
             layer.compiled = compiles(self.compute, x.device)
@@ -202,7 +218,7 @@ class Encoder(nn.Module):
             found = [self._part(*share) for share in shares]
         firsts, states = (torch.cat(one) for one in zip(*found, strict=True))
         summary = steady(self.summary, firsts.index_select(0, torch.argsort(order).to(x.device)))
-        return summary, torch.zeros_like(states).index_copy(0, index, states)
+        return summary, states, index
 
     def _part(self, x: Tensor, cls: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """States at [CLS] and at the tokens of cells that pass the layers in one call.

@@ -14,8 +14,11 @@ from cellray.data.store import Batch
 from cellray.data.tokens import Counts
 from cellray.model.encoder import Tokens
 from cellray.model.values import BINS
-from cellray.train.feed import mix, uniform
+from cellray.train.feed import mix, stir, uniform_tokens
 from cellray.train.masks import Independent, Mask
+
+TABLE = 1 << 22
+"""Bytes of a table of pairs of cell and feature: little enough for the caches."""
 
 
 def present(batch: Batch, modalities: int) -> np.ndarray:
@@ -49,9 +52,8 @@ def visible(counts: Counts, keep: np.ndarray) -> Counts:
 
 def kept(counts: Counts, rows: np.ndarray, share: float | np.ndarray, *keys: int) -> np.ndarray:
     """Tokens that stay when `share` (one number, or one a cell) of them is dropped, bool [tokens]."""
-    row = np.repeat(rows, counts.lengths)
     limit = np.repeat(np.broadcast_to(share, len(rows)), counts.lengths)
-    return uniform(*keys, row, counts.ids) >= limit
+    return uniform_tokens(rows, counts, *keys) >= limit
 
 
 def masked_tokens(
@@ -87,13 +89,8 @@ def masked_tokens(
         values[len(absent) :][~hidden] = _bins(visible(counts, ~hidden))
     asked = np.concatenate([np.ones(len(absent), bool), hidden])
     firsts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(counts)))])
-    draw = np.where(asked, uniform(*keys, rows[cell], ids, 3), np.arange(len(ids)))
-    asked_first = np.lexsort((draw, ~asked, cell))
-    turn = np.empty(len(ids), np.int64)
-    turn[asked_first] = np.arange(len(ids)) - firsts[cell[asked_first]]
-    late = asked & (turn >= modality.context // 2)
-    order = np.lexsort((draw, np.where(late, 2, ~asked), cell))
-    place = np.arange(len(ids)) - firsts[cell[order]]
+    order = _asked_first(cell, ids, asked, rows, keys, modality.context // 2)
+    place = np.arange(len(ids)) - np.repeat(firsts[:-1], np.diff(firsts))
     tokens = _tokens(ids[order], values[order], asked[order], firsts, counts.total, device)
     at = np.flatnonzero(asked[order] & (place < modality.context))
     return tokens, torch.from_numpy(at).to(device), torch.from_numpy(truth[order][at]).to(device)
@@ -112,17 +109,65 @@ def _absent(
     draw = mix(*keys, rows[cell], turn, 2)
     drawn = mask.beside(counts, rows, keys, cell, draw)
     drawn = np.where(drawn < 0, (draw % np.uint64(features)).astype(np.int64), drawn)
-    asked = np.unique(cell * features + drawn)
-    counted = np.repeat(np.arange(len(counts)), counts.lengths) * features + counts.ids
-    asked = asked[~np.isin(asked, counted)]
+    return _uncounted(counts, features, cell, drawn)
+
+
+def _uncounted(
+    counts: Counts, features: int, cell: np.ndarray, drawn: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs (cell, feature), each once and sorted, without those counted. `cell` rises.
+
+    They are marked in a table, TABLE of it at a time: sorting them takes ten times as long.
+    """
+    found = []
+    step = max(1, TABLE // features)
+    for first in range(0, len(counts), step):
+        last = min(first + step, len(counts))
+        table = np.zeros((last - first, features), bool)
+        a, b = np.searchsorted(cell, [first, last])
+        table[cell[a:b] - first, drawn[a:b]] = True
+        mine = slice(counts.offsets[first], counts.offsets[last])
+        table[np.repeat(np.arange(last - first), counts.lengths[first:last]), counts.ids[mine]] = False
+        found.append(np.flatnonzero(table) + first * features)
+    asked = np.concatenate([np.empty(0, np.int64), *found])
     return asked // features, asked % features
+
+
+def _asked_first(
+    cell: np.ndarray, ids: np.ndarray, asked: np.ndarray, rows: np.ndarray, keys: tuple[int, ...], most: int
+) -> np.ndarray:
+    """The order of tokens in which those of a cell are together: `most` of the `asked`, at random, then
+    those that are seen, in the order they come, then the others asked. Where seen, `cell` rises."""
+    own, seen = np.flatnonzero(asked), np.flatnonzero(~asked)
+    numbers = [np.bincount(cell[part], minlength=len(rows)) for part in (own, seen)]
+    firsts = np.cumsum(sum(numbers)) - sum(numbers)
+    turn = mix(*keys, rows)[cell[own]]
+    own = own[_sorted(cell[own], stir(stir(turn, ids[own]), 3) >> np.uint64(11))]
+    turns = [np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) for n in numbers]
+    turns[0] += np.where(turns[0] < most, 0, numbers[1][cell[own]])
+    turns[1] += np.minimum(numbers[0], most)[cell[seen]]
+    order = np.empty(len(cell), np.int64)
+    for part, place in zip((own, seen), turns, strict=True):
+        order[firsts[cell[part]] + place] = part
+    return order
+
+
+def _sorted(cell: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """The order by cell, then by draw, uint64 below 2**53, then as they come."""
+    if not len(cell) or cell.max() >= 1 << 11:
+        return np.lexsort((draw, cell))
+    both = (cell.astype(np.uint64) << np.uint64(53)) | draw
+    order = np.argsort(both)  # as numbers, which is fast but says nothing of ties; there are hardly ever any
+    found = both[order]
+    return np.argsort(both, kind="stable") if (found[1:] == found[:-1]).any() else order
 
 
 def asked_features(features: int, most: int, *keys: int) -> np.ndarray | None:
     """Features a decoder is asked for in this step, the same on every worker; None for all of them."""
     if features <= most:
         return None
-    return np.sort(np.argsort(mix(*keys, np.arange(features)), kind="stable")[:most])
+    draw = mix(*keys, np.arange(features))  # no two of these are equal
+    return np.flatnonzero(draw < np.partition(draw, most)[most])
 
 
 def targets(counts: Counts, features: int, asked: np.ndarray | None, device: str = "cpu") -> Tensor:
@@ -133,8 +178,9 @@ def targets(counts: Counts, features: int, asked: np.ndarray | None, device: str
         place = np.full(features, -1)
         place[asked] = np.arange(len(asked))
     at = place[counts.ids]
+    hits = np.flatnonzero(at >= 0)
     dense = np.zeros((len(counts), features if asked is None else len(asked)), np.float32)
-    dense[cells[at >= 0], at[at >= 0]] = counts.counts[at >= 0]
+    dense[cells[hits], at[hits]] = counts.counts[hits]
     return torch.from_numpy(dense).to(device)
 
 

@@ -24,6 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from cellray.data.store import Store
+from cellray.data.tokens import Counts
 from cellray.train.window import Share, Step, Window, room_of
 
 MANY = 1 << 20
@@ -37,18 +38,37 @@ def mix(*keys: int | np.ndarray) -> np.ndarray:
     Source: Steele 2014, splitmix64, doi:10.1145/2660193.2660195.
     """
     state = np.zeros((), np.uint64)
+    for key in keys:
+        state = stir(state, key)
+    return state
+
+
+def stir(state: np.ndarray, key: int | np.ndarray) -> np.ndarray:
+    """`mix` of one more key: `mix(a, b)` is `stir(mix(a), b)`. So keys that many have in common cost once."""
     with np.errstate(over="ignore"):
-        for key in keys:
-            state = state + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
+        state = np.asarray(state + np.asarray(key).astype(np.uint64, copy=False))
+        state += np.uint64(0x9E3779B97F4A7C15)
+        state ^= state >> np.uint64(30)
+        state *= np.uint64(0xBF58476D1CE4E5B9)
+        state ^= state >> np.uint64(27)
+        state *= np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
 
 
 def uniform(*keys: int | np.ndarray) -> np.ndarray:
     """`mix` as float64 in [0, 1)."""
-    return (mix(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return fraction(mix(*keys))
+
+
+def uniform_tokens(rows: np.ndarray, counts: Counts, *keys: int) -> np.ndarray:
+    """`uniform` of the keys, of the cell's number in `rows`, and of the feature, for every token."""
+    return fraction(stir(np.repeat(mix(*keys, rows), counts.lengths), counts.ids))
+
+
+def fraction(state: np.ndarray) -> np.ndarray:
+    """What `mix` or `stir` returned as float64 in [0, 1)."""
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cellray.data import storage
 from cellray.data.programmes import Groups, programmes, regions
 from cellray.data.tokens import Counts, Tokenizer, Vocabulary, gather
 from cellray.train import recipe as settings
-from cellray.train.feed import uniform
+from cellray.train.feed import uniform, uniform_tokens
 
 Keys = tuple[int, ...]
 
@@ -51,7 +51,7 @@ class Independent:
 
     def __call__(self, counts: Counts, rows: np.ndarray, keys: Keys) -> np.ndarray:
         limit = np.repeat(_shares(self.share, rows, keys), counts.lengths)
-        return uniform(*keys, 1, np.repeat(rows, counts.lengths), counts.ids) < limit
+        return uniform_tokens(rows, counts, *keys, 1) < limit
 
     def beside(
         self, counts: Counts, rows: np.ndarray, keys: Keys, cell: np.ndarray, draw: np.ndarray
@@ -128,7 +128,7 @@ class Grouped:
         more = np.bincount(cell[at], minlength=len(counts))
         chance = (wanted - already) / np.maximum(more, 1)
         whole = uniform(*keys, 5, rows) < chance
-        alone = uniform(*keys, 1, row, counts.ids) < chance[cell]
+        alone = uniform_tokens(rows, counts, *keys, 1) < chance[cell]
         return before | (at & np.where(group >= 0, whole[cell], alone)), group
 
     def _turns(self, counts: Counts, row: np.ndarray, keys: Keys) -> tuple[np.ndarray, np.ndarray]:

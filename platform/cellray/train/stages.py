@@ -142,7 +142,7 @@ class Unimodal:
             )
         encoder, heads = self.teacher.encoder(name), self.teacher.heads[name]
         encoded = encoder(tokens, heads.withheld)
-        value, detected = heads(encoded.states[at])
+        value, detected = heads(encoded.at(at))
         counted = truth > 0
         rebuilt = decoding(
             self.teacher.decoder(name),

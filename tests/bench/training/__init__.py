@@ -1,0 +1,1 @@
+"""What `tests.bench.train` measures: loops, networks, stores. A folder, because `make bench` runs files."""
