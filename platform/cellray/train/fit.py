@@ -15,7 +15,7 @@ from cellray.data.store import Store
 from cellray.train import checkpoint, workers
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
-from cellray.train.meters import Gauges, Meter
+from cellray.train.meters import Gauges, Meter, Row
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
@@ -111,92 +111,152 @@ def run_stage(
     Goes on from the newest whole checkpoint, so a run that was killed ends as if it had not been.
     When `stop` is set, in any worker, all end with Stopped after a last checkpoint.
     """
-    recipe, folder = run.recipe, run.path("checkpoints", stage.name)
-    key = run.key(stage.name, started_from)
-    root.train().requires_grad_(False)
-    for module in stage.trained():
-        module.requires_grad_(True)
-    parameters, optimizer = adamw(stage.trained(), recipe.optim)
-    plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
-    meter, first = Meter(), 0
-    # A stage none of whose batches could be used has not been trained.
-    skips = Skips(min(recipe.optim.skips, plan.steps - 1), recipe.optim.spike)
-    found = checkpoint.newest(folder, key, lambda text: emit({"stage": stage.name, "warning": text}))
-    if found is not None:
-        tensors, facts = found
-        checkpoint.restore(tensors, root, optimizer)
-        meter, first = Meter(**facts["meter"]), facts["step"]
-        skips.restore(facts["skips"])
-        emit({"stage": stage.name, "resumed": first})
-    device = next(root.parameters()).device.type
-    halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(device))
-    lead, world = workers.rank() == 0, workers.world()
-    before, waited = meter.seconds, meter.waited
-
-    def about() -> dict[str, Any]:
-        return {"key": key, "meter": vars(meter), "skips": skips.state}
-
-    with (
-        checkpoint.Saver(folder, recipe.checkpoint_keep) as saver,
-        tracked(run, stage.name, first, lambda text: emit({"stage": stage.name, "warning": text})) as log,
-        Gauges(root, meter, device=device, halved=halved, first_worker=lead) as gauges,
-        Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed,
-    ):
-        saved = began = time.monotonic()
-        for share in feed:
-            rate = learning_rate(recipe.optim, share.step, plan.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with torch.autocast(device, torch.bfloat16, enabled=halved), gauges.counted(share.tokens):
-                losses = step(stage, share, parameters, optimizer, recipe.optim.clip, skips)
-            now = time.monotonic()
-            meter.seconds, meter.waited = before + now - began, waited + feed.waited
-            meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
-            done = share.step + 1
-            if skips.why:
-                if lead:
-                    emit(skipped(run.store, plan, stage, share.step, skips.why))
-                skips.check(f"{stage.name} step {share.step}")
-            else:
-                meter.add(share.step, plan.steps, losses)
-                gauges.add(losses, rate)
-                if lead and (gauges.due(now) or done == plan.steps):
-                    row, means = gauges.row(stage.name, done, plan.steps)
-                    log(done, row)
-                    emit({**row, "losses": means})
-            if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
-                saver.save(done, root, optimizer, about())
-                saved = time.monotonic()
-            leaving = done < plan.steps and workers.agreed(stop.is_set())
-            if lead and leaving:
-                saver.last(done, root, optimizer, about())
-            for event in saver.events():
-                emit({"stage": stage.name, **event})
-            if leaving:
-                raise Stopped
-    for event in saver.events():
-        emit({"stage": stage.name, **event})
-    facts = {
-        "name": stage.name,
-        "key": key,
-        "started_from": started_from,
-        "store": run.store.hash,
-        "workers": world,
-        "parameters": sum(p.numel() for p in parameters),
-        "steps": plan.steps,
-        "cells": meter.cells,
-        "tokens": meter.tokens,
-        "skipped": skips.skipped,
-        **meter.facts(),
-        **gauges.facts(),
-        "loss_first": meter.rows[0]["loss"],
-        "loss_last": meter.rows[-1]["loss"],
-        "curve": meter.rows,
-    }
-    if lead:
+    work = Work(stage, root, run, run.key(stage.name, started_from), eligible, emit)
+    work.resume()
+    gauges = work.train(stop)
+    facts = {**work.facts(), "started_from": started_from, **gauges.facts(), **work.curve()}
+    if work.lead:
         facts = checkpoint.commit(run.path("stages", stage.name), root, facts)
-        checkpoint.remove(folder)
+        checkpoint.remove(work.folder)
     return dict(workers.from_first(facts))
+
+
+class Work:
+    """A stage under way in this worker: what it trains, how far it came, and what that cost."""
+
+    def __init__(
+        self, stage: Stage, root: nn.Module, run: Run, key: str, eligible: np.ndarray, emit: Emit
+    ) -> None:
+        """`root` holds what the stage trains; what else it holds is frozen. `eligible` bool [cells]."""
+        recipe = run.recipe
+        self.stage, self.root, self.run, self.key = stage, root, run, key
+        self.folder = run.path("checkpoints", stage.name)
+        self.lead = workers.rank() == 0
+        self.device = next(root.parameters()).device.type
+        self.halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(self.device))
+        root.train().requires_grad_(False)
+        for module in stage.trained():
+            module.requires_grad_(True)
+        self.parameters, self.optimizer = adamw(stage.trained(), recipe.optim)
+        self.plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
+        # A stage none of whose batches could be used has not been trained.
+        self.skips = Skips(min(recipe.optim.skips, self.plan.steps - 1), recipe.optim.spike)
+        self.meter, self.first = Meter(), 0
+        self._emit = emit
+        self._saved = 0.0
+        """When the last checkpoint was begun, as `time.monotonic`."""
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        found = checkpoint.newest(self.folder, self.key, self.warn)
+        if found is None:
+            return
+        tensors, facts = found
+        checkpoint.restore(tensors, self.root, self.optimizer)
+        self.meter, self.first = Meter(**facts["meter"]), facts["step"]
+        self.skips.restore(facts["skips"])
+        self.tell({"resumed": self.first})
+
+    def train(self, stop: threading.Event) -> Gauges:
+        """Take the steps that are left; what they cost."""
+        name, meter, lead = self.stage.name, self.meter, self.lead
+        before, waited = meter.seconds, meter.waited
+        with (
+            checkpoint.Saver(self.folder, self.run.recipe.checkpoint_keep) as saver,
+            tracked(self.run, name, self.first, self.warn) as log,
+            Gauges(self.root, meter, device=self.device, halved=self.halved, first_worker=lead) as gauges,
+            Feed(
+                self.run.store, self.plan, first=self.first, rank=workers.rank(), world=workers.world()
+            ) as feed,
+        ):
+            self._saved = began = time.monotonic()
+            for share in feed:
+                rate, losses = self.step(share, gauges)
+                now = time.monotonic()
+                meter.seconds, meter.waited = before + now - began, waited + feed.waited
+                meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
+                self.note(share, rate, losses, gauges, log, now)
+                self.save(share.step + 1, saver, now, stop)
+        self.tell(*saver.events())
+        return gauges
+
+    def step(self, share: Share, gauges: Gauges) -> tuple[float, dict[str, float]]:
+        """One optimiser update: its learning rate and its losses."""
+        optim = self.run.recipe.optim
+        rate = learning_rate(optim, share.step, self.plan.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        halved = torch.autocast(self.device, torch.bfloat16, enabled=self.halved)
+        with halved, gauges.counted(share.tokens):
+            losses = step(self.stage, share, self.parameters, self.optimizer, optim.clip, self.skips)
+        return rate, losses
+
+    def note(
+        self,
+        share: Share,
+        rate: float,
+        losses: dict[str, float],
+        gauges: Gauges,
+        log: Callable[[int, Row], None],
+        now: float,
+    ) -> None:
+        """Write down how a step went, or that it was skipped. Diverged if too many were, in a row."""
+        name, done, steps = self.stage.name, share.step + 1, self.plan.steps
+        if self.skips.why:
+            if self.lead:
+                self._emit(skipped(self.run.store, self.plan, self.stage, share.step, self.skips.why))
+            self.skips.check(f"{name} step {share.step}")
+            return
+        self.meter.add(share.step, steps, losses)
+        gauges.add(losses, rate)
+        if self.lead and (gauges.due(now) or done == steps):
+            row, means = gauges.row(name, done, steps)
+            log(done, row)
+            self._emit({**row, "losses": means})
+
+    def save(self, done: int, saver: checkpoint.Saver, now: float, stop: threading.Event) -> None:
+        """Begin a checkpoint, if it is time for one. Stopped, after a last one, if any worker should stop."""
+        more = done < self.plan.steps
+        if more and self.lead and now - self._saved > self.run.recipe.checkpoint_seconds:
+            saver.save(done, self.root, self.optimizer, self.about())
+            self._saved = time.monotonic()
+        leaving = more and workers.agreed(stop.is_set())
+        if leaving and self.lead:
+            saver.last(done, self.root, self.optimizer, self.about())
+        self.tell(*saver.events())
+        if leaving:
+            raise Stopped
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {"key": self.key, "meter": vars(self.meter), "skips": self.skips.state}
+
+    def facts(self) -> dict[str, Any]:
+        """What came of it, and what it cost."""
+        return {
+            "name": self.stage.name,
+            "key": self.key,
+            "store": self.run.store.hash,
+            "workers": workers.world(),
+            "parameters": sum(p.numel() for p in self.parameters),
+            "steps": self.plan.steps,
+            "cells": self.meter.cells,
+            "tokens": self.meter.tokens,
+            "skipped": self.skips.skipped,
+            **self.meter.facts(),
+        }
+
+    def curve(self) -> dict[str, Any]:
+        """The losses, first, last and between."""
+        rows = self.meter.rows
+        return {"loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"], "curve": rows}
+
+    def tell(self, *events: Event) -> None:
+        for event in events:
+            self._emit({"stage": self.stage.name, **event})
+
+    def warn(self, text: str) -> None:
+        self.tell({"warning": text})
 
 
 def skipped(store: Store, plan: Plan, stage: Stage, step: int, why: str) -> Event:
