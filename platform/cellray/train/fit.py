@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cellray.data.store import Store
-from cellray.train import checkpoint, workers
+from cellray.train import checkpoint, sharding, workers
+from cellray.train.averages import Averages
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
 from cellray.train.meters import Gauges, Meter, Row
+from cellray.train.parts import Part
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
@@ -57,7 +61,7 @@ def step(
     if skips.allows(value):
         whole.backward()
         workers.sum_gradients(parameters)
-        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+        norm = sharding.clip(parameters, clip)
         if skips.allows(value, norm):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -74,13 +78,21 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def adamw(modules: list[nn.Module], optim: Optim) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """The trained parameters and their optimiser; only the matrices of linear layers decay."""
+    """The trained parameters and their optimiser; only the matrices of linear layers decay.
+
+    What is shared out among the workers and what is not are in groups of their own: they do not mix.
+    """
     parameters = [p for module in modules for p in module.parameters()]
     linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
     decayed = {id(m.weight) for m in linear}
+    kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
     groups = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for p, its in zip(parameters, kinds, strict=True) if its == kind],
+            "weight_decay": optim.weight_decay if kind[0] else 0.0,
+        }
+        for kind in ((True, False), (False, False), (True, True), (False, True))
+        if kind in kinds
     ]
     return parameters, torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, 0.98), fused=True)
 
@@ -114,6 +126,7 @@ def run_stage(
     work = Work(stage, root, run, run.key(stage.name, started_from), eligible, emit)
     work.resume()
     gauges = work.train(stop)
+    work.finish()
     facts = {**work.facts(), "started_from": started_from, **gauges.facts(), **work.curve()}
     if work.lead:
         facts = checkpoint.commit(run.path("stages", stage.name), root, facts)
@@ -137,7 +150,10 @@ class Work:
         root.train().requires_grad_(False)
         for module in stage.trained():
             module.requires_grad_(True)
+        self.shares = sharding.Shares(root, self.device) if recipe.shard and workers.world() > 1 else None
         self.parameters, self.optimizer = adamw(stage.trained(), recipe.optim)
+        trained = {name: p for name, p in root.named_parameters() if p.requires_grad}
+        self.averages = Averages(trained, recipe.optim.ema)
         self.plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
         # A stage none of whose batches could be used has not been trained.
         self.skips = Skips(min(recipe.optim.skips, self.plan.steps - 1), recipe.optim.spike)
@@ -148,11 +164,14 @@ class Work:
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
-        found = checkpoint.newest(self.folder, self.key, self.warn)
-        if found is None:
+        # One of them looks: two could find that another one is the newest.
+        found = checkpoint.newest(self.folder, self.key, self.warn) if self.lead else None
+        step = workers.from_first(found[1]["step"] if found else None)
+        if step is None:
             return
-        tensors, facts = found
-        checkpoint.restore(tensors, self.root, self.optimizer)
+        tensors, facts = found or checkpoint.read(self.folder, step, self.key)
+        checkpoint.restore(tensors, self.root, self.optimizer, self.averages)
+        self.averages.steps = facts["averaged"]
         self.meter, self.first = Meter(**facts["meter"]), facts["step"]
         self.skips.restore(facts["skips"])
         self.tell({"resumed": self.first})
@@ -162,7 +181,7 @@ class Work:
         name, meter, lead = self.stage.name, self.meter, self.lead
         before, waited = meter.seconds, meter.waited
         with (
-            checkpoint.Saver(self.folder, self.run.recipe.checkpoint_keep) as saver,
+            checkpoint.Saver(self.folder, self.run.recipe.checkpoint_keep, self.part()) as saver,
             tracked(self.run, name, self.first, self.warn) as log,
             Gauges(self.root, meter, device=self.device, halved=self.halved, first_worker=lead) as gauges,
             Feed(
@@ -189,6 +208,8 @@ class Work:
         halved = torch.autocast(self.device, torch.bfloat16, enabled=self.halved)
         with halved, gauges.counted(share.tokens):
             losses = step(self.stage, share, self.parameters, self.optimizer, optim.clip, self.skips)
+        if not self.skips.why:
+            self.averages.update()
         return rate, losses
 
     def note(
@@ -216,20 +237,40 @@ class Work:
 
     def save(self, done: int, saver: checkpoint.Saver, now: float, stop: threading.Event) -> None:
         """Begin a checkpoint, if it is time for one. Stopped, after a last one, if any worker should stop."""
-        more = done < self.plan.steps
-        if more and self.lead and now - self._saved > self.run.recipe.checkpoint_seconds:
-            saver.save(done, self.root, self.optimizer, self.about())
-            self._saved = time.monotonic()
-        leaving = more and workers.agreed(stop.is_set())
-        if leaving and self.lead:
-            saver.last(done, self.root, self.optimizer, self.about())
+        due = leaving = False
+        if done < self.plan.steps:
+            if self.lead and now - self._saved > self.run.recipe.checkpoint_seconds:
+                # When the first worker is ready all of them are: it waits for their parts.
+                due = saver.ready()
+                self._saved = time.monotonic()
+            due, leaving = workers.any_of(due, stop.is_set())
+        if (due or leaving) and (self.lead or self.shares):
+            begin = saver.last if leaving else saver.save
+            begin(done, self.root, self.optimizer, self.about(), self.averages)
         self.tell(*saver.events())
         if leaving:
             raise Stopped
 
+    def finish(self) -> None:
+        """Make the model what the stage has come to, whole on every worker."""
+        self.averages.put()
+        if self.shares:
+            self.shares.undo()
+
+    def part(self) -> Part | None:
+        """What this worker writes of every checkpoint, where they share that out."""
+        if not self.shares:
+            return None
+        return Part(workers.from_first(uuid.uuid4().hex), workers.rank(), workers.world())
+
     def about(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
-        return {"key": self.key, "meter": vars(self.meter), "skips": self.skips.state}
+        return {
+            "key": self.key,
+            "meter": vars(self.meter),
+            "skips": self.skips.state,
+            "averaged": self.averages.steps,
+        }
 
     def facts(self) -> dict[str, Any]:
         """What came of it, and what it cost."""

@@ -145,8 +145,12 @@ class Optim:
     """Batches whose gradient has a norm this many times the usual one are skipped; 0 for none."""
     skips: int = 10
     """Batches that may be skipped in a row, for that or since the loss is no number; then training ends."""
+    ema: float = 0.0
+    """A stage comes to the mean of its weights over its steps, which moves by 1 less this much a step (and
+    by more in the first ones), as with 0.999; 0 for the weights after its last step."""
 
     def __post_init__(self) -> None:
+        _within("optim.ema", self.ema, 0.0, 0.999999)
         _within("optim.spike", self.spike, 0.0, 1e9)
         _within("optim.skips", self.skips, 0, 1 << 20)
         _within("optim.lr", self.lr, 1e-8, 1.0)
@@ -298,6 +302,9 @@ class Recipe:
     score: Score = Score()
     notes: Mapping[str, str] = field(default_factory=dict)
     """Free text kept with the run."""
+    shard: bool = False
+    """Share out large modules among the workers in training (FSDP2): each holds its part of the
+    parameters, gradients and optimizer state, and writes that part of a checkpoint."""
 
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)
@@ -321,6 +328,7 @@ LAUNCH = (
     "track",
     "stages",
     "notes",
+    "shard",
 )
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 
