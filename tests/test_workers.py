@@ -1,5 +1,9 @@
-"""Two workers equal one: real processes that talk over gloo on the loopback interface."""
+"""Two workers equal one: real processes that talk over gloo on the loopback interface.
 
+Both ways of distribution: parameters whole on every worker, and shared out among them (FSDP2).
+"""
+
+import functools
 import os
 import subprocess
 import sys
@@ -8,72 +12,79 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import stores
+from cellray.train import checkpoint
+from tests import pair_worker, stores
 from tests.conftest import ROOT
-
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
-from cellray.train import workers
-from cellray.train.feed import Feed, Plan
-from cellray.train.fit import adamw, plan_of, step
-from cellray.train.recipe import Optim
-from tests import stores
-from tests.test_stages import stage
-
-folder, name, world, rank, file = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{file}.rendezvous", world_size=world, rank=rank)
-run = stores.run(folder)
-work, root = stage(run, name)
-parameters, optimizer = adamw(work.trained(), Optim(lr=1e-3))
-plan = plan_of(run.store, run.recipe, ~run.test, work.needs(), work.reads(), 1.0)
-losses = []
-with Feed(run.store, plan, first=0, rank=rank, world=world) as feed:
-    for share in feed:
-        losses.append(step(work, share, parameters, optimizer, 1.0)["loss"])
-        if share.step == 4:
-            break
-if rank == 0:
-    state = {k: v.contiguous() for k, v in root.state_dict().items()}
-    save_file(state | {"losses": torch.tensor(losses)}, file)
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-"""
+from tests.pair_worker import STAGES
 
 
-def trained(folder, name, world):
-    file = folder / f"{name}-{world}.safetensors"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two workers came to, all they are asked for: see tests/pair_worker.py."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name in ("", "undisturbed", "left", "taken", "alone"):
+        _ = stores.run(folder / name).test  # writes the split, so that no two workers do it at once
+    pair_worker.trained(folder / "taken", at=pair_worker.AT, **{"optim.ema": 0.9})
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder), name, str(world), str(rank), str(file)],
-            env={**environment, "PYTHONPATH": path},
-            cwd=ROOT,
-        )
-        for rank in range(world)
-    ]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    command = [sys.executable, "-m", "tests.pair_worker", str(folder)]
+    processes = [subprocess.Popen([*command, str(rank), "2"], env=environment, cwd=ROOT) for rank in range(2)]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * world
+        assert [process.wait(timeout=270) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return load_file(file)
+    return folder
 
 
-@pytest.mark.parametrize("name", ["joint", "distil"])
-def test_two_workers_equal_one(tmp_path, name):
-    _ = stores.run(tmp_path).test  # writes the split, so that no two workers do it at once
-    one, two = trained(tmp_path, name, 1), trained(tmp_path, name, 2)
-    torch.testing.assert_close(two["losses"], one["losses"], atol=1e-5, rtol=1e-5)
+@functools.cache
+def alone(folder, name):
+    """What one worker comes to, in this process."""
+    return pair_worker.lacking(folder) if name == "lacking" else pair_worker.five(folder, name)
+
+
+def like(one, two):
+    """Weights are the same up to rounding."""
     for key, value in one.items():
         # Adam divides by the root of a mean square, so a rounding difference in a vanishing
         # gradient can turn its first steps: those of weight 1e-3 * 5 at the most, and rare.
         far = (two[key].float() - value.float()).abs() > 1e-5 + 1e-5 * value.float().abs()
         assert far.float().mean() < 2e-3, (key, float(far.float().mean()))
+
+
+@pytest.mark.parametrize("how", ["whole", "shared"])
+@pytest.mark.parametrize("name", STAGES)
+def test_two_workers_equal_one(folder, name, how):
+    one, two = alone(folder, name), load_file(folder / f"{name}-{how}.safetensors")
+    assert len(one["said"]) == 5
+    torch.testing.assert_close(two["said"], one["said"], atol=1e-5, rtol=1e-5)
+    like(one, two)
+
+
+@pytest.mark.parametrize("how", ["whole", "shared"])
+def test_a_modality_that_a_worker_has_no_cell_of_makes_no_difference(folder, how):
+    one, two = alone(folder, "lacking"), load_file(folder / f"lacking-{how}.safetensors")
+    torch.testing.assert_close(two["said"], one["said"], atol=1e-5, rtol=1e-5)
+    like(one, two)
+
+
+def test_a_killed_run_that_shares_parameters_out_ends_as_if_it_had_not_been_killed(folder):
+    whole, broken = (load_file(folder / f"{name}.safetensors") for name in ("undisturbed", "killed"))
+    assert 1 <= int(broken.pop("resumed")) <= pair_worker.AT
+    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+    committed = load_file(folder / "undisturbed" / "stages" / "joint" / "model.safetensors")
+    assert all(torch.equal(value, committed[name]) for name, value in whole.items())
+
+
+def test_one_worker_goes_on_from_what_two_wrote_and_two_from_what_one_wrote(folder):
+    whole, taken = (load_file(folder / f"{name}.safetensors") for name in ("undisturbed", "taken"))
+    files = [path.name for path in (folder / "left").glob("checkpoints/joint/*/*")]
+    assert sum(name.startswith("part-") for name in files) == 2 * files.count(checkpoint.MANIFEST) > 0
+    assert int(taken.pop("resumed")) >= 1
+    root, events = pair_worker.trained(folder / "left", **{"optim.ema": 0.9})
+    assert any("resumed" in event for event in events)
+    one, _ = pair_worker.trained(folder / "alone", **{"optim.ema": 0.9})
+    for found in (root.state_dict(), one.state_dict(), taken):
+        like(whole, found)
+    assert checkpoint.steps(str(folder / "left" / "checkpoints" / "joint")) == []

@@ -147,5 +147,7 @@ def steady(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Products of one to three rows take another way through a CPU's library, and round otherwise.
     """
-    found = module(F.pad(x, (0, 0, 0, ROWS - len(x))) if len(x) < ROWS else x)
-    return found[: len(x)]
+    if len(x) >= ROWS:
+        return module(x)
+    # No view: an encoder whose parameters are shared out among workers may not return one.
+    return module(F.pad(x, (0, 0, 0, ROWS - len(x))))[: len(x)].clone()

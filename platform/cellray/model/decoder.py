@@ -82,7 +82,8 @@ class Decoder(nn.Module):
         The depth head learns from a detached vector, so depth does not shape the embedding
         beyond what the counts themselves say.
         """
-        predicted = self(cell, ids, log_depth).float()
+        # Not self(…): while this runs parameters that are shared out are gathered, after that no more.
+        predicted = self.forward(cell, ids, log_depth).float()
         if self.likelihood == "bernoulli":
             fit = F.binary_cross_entropy_with_logits(predicted, (counts > 0).float(), reduction="sum")
         else:

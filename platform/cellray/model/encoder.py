@@ -118,6 +118,8 @@ class Encoder(nn.Module):
     """log(1 + mean depth): depth is read as the departure from it."""
     unit: Tensor
     """A typical value: values are read as multiples of it."""
+    awaited: bool = False
+    """Its parameters are shared out among workers: each has to call it in every step, on any cells."""
 
     def __init__(
         self,

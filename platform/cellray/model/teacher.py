@@ -124,11 +124,15 @@ class Teacher(nn.Module):
         """
         found = []
         for i, name in enumerate(self.names):
-            cells = present[:, i].nonzero().squeeze(1)
+            encoder, cells = self.encoder(name), present[:, i].nonzero().squeeze(1)
             column = torch.zeros(len(present), self.width, device=present.device)
             if len(cells):
-                summary = self.encoder(name)(some_cells(tokens[name], cells)).summary
+                summary = encoder(some_cells(tokens[name], cells)).summary
                 column = column.to(summary.dtype).index_put((cells,), summary)
+            elif encoder.awaited:
+                # Any cell will do: nothing of it is used, and all gradients are zeros.
+                none = encoder(some_cells(tokens[name], cells.new_zeros(1))).summary[:0]
+                column = column.to(none.dtype).index_put((cells,), none)
             found.append(column)
         return torch.stack(found, dim=1)
 

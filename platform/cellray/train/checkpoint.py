@@ -1,12 +1,14 @@
 """Checkpoints: tensors in safetensors, facts and hashes in a manifest that is written last.
 
 RUN/checkpoints/STAGE/STEP/state.safetensors, manifest.json     in the middle of a stage
+RUN/checkpoints/STAGE/STEP/part-*.safetensors, manifest.json    one part a worker, where they share it out
 RUN/stages/STAGE/model.safetensors, stage.json                  when it is done
 
 A manifest holds the hash of every file and, in "sha256", that of all else it says: of a checkpoint
-that was changed in any bit nothing is used. What is in it fixes the rest of the stage: model,
-optimizer, the step (learning rate, batches and masks follow from it; nothing else is drawn at random),
-and what the loop counts.
+that was changed in any bit nothing is used. What is in it fixes the rest of the stage: model, optimizer,
+averaged weights, the step (learning rate, batches and masks follow from it; nothing else is drawn at
+random), and what the loop counts. Tensors are found by their names and are whole once they are read, so
+any number of workers goes on from what any other number wrote, sharing parameters out or not.
 """
 
 import contextlib
@@ -24,6 +26,10 @@ from torch import Tensor, nn
 
 from cellray.data import storage
 from cellray.data.faults import retried
+from cellray.train import workers
+from cellray.train.averages import Averages
+from cellray.train.parts import Part, joined
+from cellray.train.sharding import own, rows_of, shared_like
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 KEEP = 2
@@ -34,14 +40,29 @@ GRACE = 7.0
 """Seconds that a run that is told to stop waits for its last checkpoint."""
 
 
-def snapshot(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of model and optimizer as they are now, copied to the CPU's memory."""
-    tensors = {f"model.{name}": value for name, value in root.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+def snapshot(
+    root: nn.Module, optimizer: torch.optim.Optimizer, averages: Averages | None = None
+) -> dict[str, Tensor]:
+    """All tensors of model, optimizer and means as they are now, copied to the CPU's memory.
+
+    Of tensors that are shared out, the rows of this worker; of others, all, on the first worker alone.
+    """
+    tensors = _weights(root, averages)
+    for name, p in root.named_parameters():
+        state = optimizer.state.get(p, {})
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in state.items()}
     return {
-        name: value.detach().to("cpu", copy=True).contiguous()  # a view of itself would go on changing
+        name: own(value).detach().to("cpu", copy=True).contiguous()  # a view of itself would go on changing
         for name, value in tensors.items()
+        if workers.rank() == 0 or own(value) is not value
+    }
+
+
+def _weights(root: nn.Module, averages: Averages | None) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model and its means, under its names. No copies."""
+    means = averages.means if averages else {}
+    return {f"model.{name}": value for name, value in root.state_dict().items()} | {
+        f"ema.{name}": value for name, value in means.items()
     }
 
 
@@ -59,13 +80,24 @@ def save(
 
 
 def write(
-    folder: str, step: int, tensors: dict[str, Tensor], about: Mapping[str, Any], *, keep: int = KEEP
+    folder: str,
+    step: int,
+    tensors: dict[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    keep: int = KEEP,
+    part: Part | None = None,
 ) -> None:
-    """`save` of a snapshot. `about` holds the `key` of the work, and what JSON brings back unchanged."""
+    """`save` of a snapshot, or of one `part` of it: then the first worker waits for the parts of all.
+
+    `about` holds the `key` of the work, and what JSON brings back unchanged.
+    """
     data = to_bytes(tensors)
-    here = storage.join(folder, f"{step:08d}")
-    storage.write_bytes(storage.join(here, STATE), data)
-    manifest = {**about, "step": step, "files": {STATE: storage.sha256(data)}}
+    digest, here = storage.sha256(data), _place(folder, step)
+    storage.write_bytes(storage.join(here, part.name(digest) if part else STATE), data)
+    if part and part.rank:
+        return
+    manifest = {**about, "step": step, "files": part.files(here) if part else {STATE: digest}}
     text = json.dumps({**manifest, "sha256": _hash(manifest)})
     storage.write_bytes(storage.join(here, MANIFEST), text.encode())
     with contextlib.suppress(OSError):  # what stays for now goes with the next
@@ -115,7 +147,7 @@ def newest(
     """
     for step in reversed(steps(folder)):
         try:
-            return _read(folder, step, key)
+            return read(folder, step, key)
         except FileNotFoundError as error:
             why = f"is not whole ({error.filename or error} is missing)"
         except ValueError as error:
@@ -124,7 +156,7 @@ def newest(
     return None
 
 
-def _read(folder: str, step: int, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(folder: str, step: int, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and manifest of a checkpoint. ValueError or FileNotFoundError if it is not whole."""
     text = storage.read_bytes(_place(folder, step, MANIFEST))
     try:
@@ -137,35 +169,49 @@ def _read(folder: str, step: int, key: str) -> tuple[dict[str, Tensor], dict[str
         raise ValueError("has a manifest that was changed")
     if manifest["key"] != key:
         raise ValueError("belongs to other settings")
-    try:
-        data = storage.read_verified(_place(folder, step, STATE), manifest["files"][STATE])
-    except ValueError as error:
-        raise ValueError(f"was changed ({error})") from None
-    return from_bytes(data), manifest
+    parts = []
+    for name, digest in sorted(manifest["files"].items()):  # the order of the workers is that of the names
+        try:
+            parts.append(from_bytes(storage.read_verified(_place(folder, step, name), digest)))
+        except ValueError as error:
+            raise ValueError(f"was changed ({error})") from None
+    return joined(parts), manifest
 
 
-def restore(tensors: Mapping[str, Tensor], root: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the tensors of a checkpoint back, every one of them."""
-    model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    root.load_state_dict(model, strict=True)
-    found: dict[int, dict[str, Tensor]] = {}
+@torch.no_grad()
+def restore(
+    tensors: Mapping[str, Tensor],
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Averages | None = None,
+) -> None:
+    """Put the tensors of a checkpoint back, every one of them; of those shared out, this worker's rows."""
+    weights = _weights(root, averages)
+    parameters = dict(root.named_parameters())
+    missing = weights.keys() - tensors.keys()
+    assert not missing, f"a checkpoint lacks {sorted(missing)}"
+    optimizer.state.clear()
     for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, part = name.split(".", 2)
-            found.setdefault(int(index), {})[part] = tensor
-    state = optimizer.state_dict()
-    optimizer.load_state_dict({"state": found, "param_groups": state["param_groups"]})
+        if name in weights:
+            own(weights[name]).copy_(rows_of(tensor, weights[name]))
+            continue
+        place, _, part = name.removeprefix("optimizer.").rpartition(".")
+        p = parameters[place]
+        like = p if tensor.shape == p.shape else tensor  # what is one number a parameter is not shared out
+        rows = rows_of(tensor, like).to(p.device, copy=True)
+        optimizer.state[p][part] = shared_like(rows, like)
 
 
 class Saver:
     """Writes checkpoints of one stage while training goes on; use as a context manager.
 
     `save` copies what is to be saved and returns; a thread writes it. A store that fails does not end
-    the training: `events` tells of it, and the next `save` tries again.
+    the training: `events` tells of it, and the next `save` tries again. Where parameters are shared out
+    every worker writes its `part`, and all of them have to save the same steps.
     """
 
-    def __init__(self, folder: str, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: str, keep: int, part: Part | None = None) -> None:
+        self.folder, self.keep, self.part = folder, keep, part
         self._thread: threading.Thread | None = None
         self._step = 0
         self._waited = False
@@ -179,29 +225,44 @@ class Saver:
         # A write that hangs is given up by the storage in the end; who was interrupted has no time for that.
         self._join(None if kind is None else GRACE)
 
+    def ready(self) -> bool:
+        """Whether nothing is being written any more; that is waited for, up to PATIENCE and once."""
+        if self._join(0.0 if self._waited else PATIENCE):
+            return True
+        if not self._waited:
+            self._warn(f"checkpoint of step {self._step} is still being written; training goes on")
+        self._waited = True
+        return False
+
     def save(
-        self, step: int, root: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+        self,
+        step: int,
+        root: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        about: Mapping[str, Any],
+        averages: Averages | None = None,
     ) -> None:
         """Begin to write the checkpoint of `step`; the one before is waited for, up to PATIENCE.
 
         Where that is not written by then, as a store hangs, this one is left out.
         """
-        if not self._join(0.0 if self._waited else PATIENCE):
-            if not self._waited:
-                self._warn(f"checkpoint of step {self._step} is still being written; training goes on")
-            self._waited = True
-            return
-        tensors = snapshot(root, optimizer)
-        # As text: what it was made of goes on changing.
-        self._begin(step, tensors, json.loads(json.dumps(about)))
+        if self.ready():
+            tensors = snapshot(root, optimizer, averages)
+            # As text: what it was made of goes on changing.
+            self._begin(step, tensors, json.loads(json.dumps(about)))
 
     def last(
-        self, step: int, root: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+        self,
+        step: int,
+        root: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        about: Mapping[str, Any],
+        averages: Averages | None = None,
     ) -> None:
         """Write the checkpoint of `step` and wait for it, GRACE in all: the process is about to end."""
         until = time.monotonic() + GRACE
         if self._join(GRACE / 2):
-            self._begin(step, snapshot(root, optimizer), about)
+            self._begin(step, snapshot(root, optimizer, averages), about)
             if self._join(until - time.monotonic()):
                 return
         self._warn(f"checkpoint of step {step} could not be written in time: an older one will be used")
@@ -217,7 +278,7 @@ class Saver:
 
         def work() -> None:
             try:
-                write(self.folder, step, tensors, about, keep=self.keep)
+                write(self.folder, step, tensors, about, keep=self.keep, part=self.part)
             except BaseException as error:  # it is raised, or told of, in the thread that asks
                 self._error = error
 

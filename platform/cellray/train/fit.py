@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cellray.data.store import Store
-from cellray.train import checkpoint, workers
+from cellray.train import checkpoint, sharding, workers
+from cellray.train.averages import Averages
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
-from cellray.train.meters import Gauges, Meter
+from cellray.train.meters import Gauges, Meter, Row
+from cellray.train.parts import Part
 from cellray.train.recipe import Optim, Recipe
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
@@ -57,7 +61,7 @@ def step(
     if skips.allows(value):
         whole.backward()
         workers.sum_gradients(parameters)
-        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+        norm = sharding.clip(parameters, clip)
         if skips.allows(value, norm):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -74,13 +78,21 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def adamw(modules: list[nn.Module], optim: Optim) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """The trained parameters and their optimiser; only the matrices of linear layers decay."""
+    """The trained parameters and their optimiser; only the matrices of linear layers decay.
+
+    What is shared out among the workers and what is not are in groups of their own: they do not mix.
+    """
     parameters = [p for module in modules for p in module.parameters()]
     linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
     decayed = {id(m.weight) for m in linear}
+    kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
     groups = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for p, its in zip(parameters, kinds, strict=True) if its == kind],
+            "weight_decay": optim.weight_decay if kind[0] else 0.0,
+        }
+        for kind in ((True, False), (False, False), (True, True), (False, True))
+        if kind in kinds
     ]
     return parameters, torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, 0.98), fused=True)
 
@@ -111,92 +123,181 @@ def run_stage(
     Goes on from the newest whole checkpoint, so a run that was killed ends as if it had not been.
     When `stop` is set, in any worker, all end with Stopped after a last checkpoint.
     """
-    recipe, folder = run.recipe, run.path("checkpoints", stage.name)
-    key = run.key(stage.name, started_from)
-    root.train().requires_grad_(False)
-    for module in stage.trained():
-        module.requires_grad_(True)
-    parameters, optimizer = adamw(stage.trained(), recipe.optim)
-    plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
-    meter, first = Meter(), 0
-    # A stage none of whose batches could be used has not been trained.
-    skips = Skips(min(recipe.optim.skips, plan.steps - 1), recipe.optim.spike)
-    found = checkpoint.newest(folder, key, lambda text: emit({"stage": stage.name, "warning": text}))
-    if found is not None:
-        tensors, facts = found
-        checkpoint.restore(tensors, root, optimizer)
-        meter, first = Meter(**facts["meter"]), facts["step"]
-        skips.restore(facts["skips"])
-        emit({"stage": stage.name, "resumed": first})
-    device = next(root.parameters()).device.type
-    halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(device))
-    lead, world = workers.rank() == 0, workers.world()
-    before, waited = meter.seconds, meter.waited
-
-    def about() -> dict[str, Any]:
-        return {"key": key, "meter": vars(meter), "skips": skips.state}
-
-    with (
-        checkpoint.Saver(folder, recipe.checkpoint_keep) as saver,
-        tracked(run, stage.name, first, lambda text: emit({"stage": stage.name, "warning": text})) as log,
-        Gauges(root, meter, device=device, halved=halved, first_worker=lead) as gauges,
-        Feed(run.store, plan, first=first, rank=workers.rank(), world=world) as feed,
-    ):
-        saved = began = time.monotonic()
-        for share in feed:
-            rate = learning_rate(recipe.optim, share.step, plan.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with torch.autocast(device, torch.bfloat16, enabled=halved), gauges.counted(share.tokens):
-                losses = step(stage, share, parameters, optimizer, recipe.optim.clip, skips)
-            now = time.monotonic()
-            meter.seconds, meter.waited = before + now - began, waited + feed.waited
-            meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
-            done = share.step + 1
-            if skips.why:
-                if lead:
-                    emit(skipped(run.store, plan, stage, share.step, skips.why))
-                skips.check(f"{stage.name} step {share.step}")
-            else:
-                meter.add(share.step, plan.steps, losses)
-                gauges.add(losses, rate)
-                if lead and (gauges.due(now) or done == plan.steps):
-                    row, means = gauges.row(stage.name, done, plan.steps)
-                    log(done, row)
-                    emit({**row, "losses": means})
-            if lead and now - saved > recipe.checkpoint_seconds and done < plan.steps:
-                saver.save(done, root, optimizer, about())
-                saved = time.monotonic()
-            leaving = done < plan.steps and workers.agreed(stop.is_set())
-            if lead and leaving:
-                saver.last(done, root, optimizer, about())
-            for event in saver.events():
-                emit({"stage": stage.name, **event})
-            if leaving:
-                raise Stopped
-    for event in saver.events():
-        emit({"stage": stage.name, **event})
-    facts = {
-        "name": stage.name,
-        "key": key,
-        "started_from": started_from,
-        "store": run.store.hash,
-        "workers": world,
-        "parameters": sum(p.numel() for p in parameters),
-        "steps": plan.steps,
-        "cells": meter.cells,
-        "tokens": meter.tokens,
-        "skipped": skips.skipped,
-        **meter.facts(),
-        **gauges.facts(),
-        "loss_first": meter.rows[0]["loss"],
-        "loss_last": meter.rows[-1]["loss"],
-        "curve": meter.rows,
-    }
-    if lead:
+    work = Work(stage, root, run, run.key(stage.name, started_from), eligible, emit)
+    work.resume()
+    gauges = work.train(stop)
+    work.finish()
+    facts = {**work.facts(), "started_from": started_from, **gauges.facts(), **work.curve()}
+    if work.lead:
         facts = checkpoint.commit(run.path("stages", stage.name), root, facts)
-        checkpoint.remove(folder)
+        checkpoint.remove(work.folder)
     return dict(workers.from_first(facts))
+
+
+class Work:
+    """A stage under way in this worker: what it trains, how far it came, and what that cost."""
+
+    def __init__(
+        self, stage: Stage, root: nn.Module, run: Run, key: str, eligible: np.ndarray, emit: Emit
+    ) -> None:
+        """`root` holds what the stage trains; what else it holds is frozen. `eligible` bool [cells]."""
+        recipe = run.recipe
+        self.stage, self.root, self.run, self.key = stage, root, run, key
+        self.folder = run.path("checkpoints", stage.name)
+        self.lead = workers.rank() == 0
+        self.device = next(root.parameters()).device.type
+        self.halved = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16(self.device))
+        root.train().requires_grad_(False)
+        for module in stage.trained():
+            module.requires_grad_(True)
+        self.shares = sharding.Shares(root, self.device) if recipe.shard and workers.world() > 1 else None
+        self.parameters, self.optimizer = adamw(stage.trained(), recipe.optim)
+        trained = {name: p for name, p in root.named_parameters() if p.requires_grad}
+        self.averages = Averages(trained, recipe.optim.ema)
+        self.plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
+        # A stage none of whose batches could be used has not been trained.
+        self.skips = Skips(min(recipe.optim.skips, self.plan.steps - 1), recipe.optim.spike)
+        self.meter, self.first = Meter(), 0
+        self._emit = emit
+        self._saved = 0.0
+        """When the last checkpoint was begun, as `time.monotonic`."""
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        # One of them looks: two could find that another one is the newest.
+        found = checkpoint.newest(self.folder, self.key, self.warn) if self.lead else None
+        step = workers.from_first(found[1]["step"] if found else None)
+        if step is None:
+            return
+        tensors, facts = found or checkpoint.read(self.folder, step, self.key)
+        checkpoint.restore(tensors, self.root, self.optimizer, self.averages)
+        self.averages.steps = facts["averaged"]
+        self.meter, self.first = Meter(**facts["meter"]), facts["step"]
+        self.skips.restore(facts["skips"])
+        self.tell({"resumed": self.first})
+
+    def train(self, stop: threading.Event) -> Gauges:
+        """Take the steps that are left; what they cost."""
+        name, meter, lead = self.stage.name, self.meter, self.lead
+        before, waited = meter.seconds, meter.waited
+        with (
+            checkpoint.Saver(self.folder, self.run.recipe.checkpoint_keep, self.part()) as saver,
+            tracked(self.run, name, self.first, self.warn) as log,
+            Gauges(self.root, meter, device=self.device, halved=self.halved, first_worker=lead) as gauges,
+            Feed(
+                self.run.store, self.plan, first=self.first, rank=workers.rank(), world=workers.world()
+            ) as feed,
+        ):
+            self._saved = began = time.monotonic()
+            for share in feed:
+                rate, losses = self.step(share, gauges)
+                now = time.monotonic()
+                meter.seconds, meter.waited = before + now - began, waited + feed.waited
+                meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens
+                self.note(share, rate, losses, gauges, log, now)
+                self.save(share.step + 1, saver, now, stop)
+        self.tell(*saver.events())
+        return gauges
+
+    def step(self, share: Share, gauges: Gauges) -> tuple[float, dict[str, float]]:
+        """One optimiser update: its learning rate and its losses."""
+        optim = self.run.recipe.optim
+        rate = learning_rate(optim, share.step, self.plan.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        halved = torch.autocast(self.device, torch.bfloat16, enabled=self.halved)
+        with halved, gauges.counted(share.tokens):
+            losses = step(self.stage, share, self.parameters, self.optimizer, optim.clip, self.skips)
+        if not self.skips.why:
+            self.averages.update()
+        return rate, losses
+
+    def note(
+        self,
+        share: Share,
+        rate: float,
+        losses: dict[str, float],
+        gauges: Gauges,
+        log: Callable[[int, Row], None],
+        now: float,
+    ) -> None:
+        """Write down how a step went, or that it was skipped. Diverged if too many were, in a row."""
+        name, done, steps = self.stage.name, share.step + 1, self.plan.steps
+        if self.skips.why:
+            if self.lead:
+                self._emit(skipped(self.run.store, self.plan, self.stage, share.step, self.skips.why))
+            self.skips.check(f"{name} step {share.step}")
+            return
+        self.meter.add(share.step, steps, losses)
+        gauges.add(losses, rate)
+        if self.lead and (gauges.due(now) or done == steps):
+            row, means = gauges.row(name, done, steps)
+            log(done, row)
+            self._emit({**row, "losses": means})
+
+    def save(self, done: int, saver: checkpoint.Saver, now: float, stop: threading.Event) -> None:
+        """Begin a checkpoint, if it is time for one. Stopped, after a last one, if any worker should stop."""
+        due = leaving = False
+        if done < self.plan.steps:
+            if self.lead and now - self._saved > self.run.recipe.checkpoint_seconds:
+                # When the first worker is ready all of them are: it waits for their parts.
+                due = saver.ready()
+                self._saved = time.monotonic()
+            due, leaving = workers.any_of(due, stop.is_set())
+        if (due or leaving) and (self.lead or self.shares):
+            begin = saver.last if leaving else saver.save
+            begin(done, self.root, self.optimizer, self.about(), self.averages)
+        self.tell(*saver.events())
+        if leaving:
+            raise Stopped
+
+    def finish(self) -> None:
+        """Make the model what the stage has come to, whole on every worker."""
+        self.averages.put()
+        if self.shares:
+            self.shares.undo()
+
+    def part(self) -> Part | None:
+        """What this worker writes of every checkpoint, where they share that out."""
+        if not self.shares:
+            return None
+        return Part(workers.from_first(uuid.uuid4().hex), workers.rank(), workers.world())
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {
+            "key": self.key,
+            "meter": vars(self.meter),
+            "skips": self.skips.state,
+            "averaged": self.averages.steps,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What came of it, and what it cost."""
+        return {
+            "name": self.stage.name,
+            "key": self.key,
+            "store": self.run.store.hash,
+            "workers": workers.world(),
+            "parameters": sum(p.numel() for p in self.parameters),
+            "steps": self.plan.steps,
+            "cells": self.meter.cells,
+            "tokens": self.meter.tokens,
+            "skipped": self.skips.skipped,
+            **self.meter.facts(),
+        }
+
+    def curve(self) -> dict[str, Any]:
+        """The losses, first, last and between."""
+        rows = self.meter.rows
+        return {"loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"], "curve": rows}
+
+    def tell(self, *events: Event) -> None:
+        for event in events:
+            self._emit({"stage": self.stage.name, **event})
+
+    def warn(self, text: str) -> None:
+        self.tell({"warning": text})
 
 
 def skipped(store: Store, plan: Plan, stage: Stage, step: int, why: str) -> Event:

@@ -178,7 +178,7 @@ def _fit(run: Run, board: Any) -> None:
     """Run the workers to their end. They may fail as often as they like while they get further."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch:
         while True:
@@ -186,6 +186,8 @@ def _fit(run: Run, board: Any) -> None:
             trainer = TorchTrainer(
                 worker,
                 train_loop_config={"recipe": to_json(run.recipe) | {"run": run.url}, "board": board},
+                # Numbers that all workers have to know stay on the CPU, and go over gloo.
+                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if run.recipe.gpu else "gloo"),
                 scaling_config=ScalingConfig(num_workers=run.recipe.workers, use_gpu=run.recipe.gpu),
                 run_config=RunConfig(
                     name=f"cellray-{uuid.uuid4().hex[:8]}",

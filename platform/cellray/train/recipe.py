@@ -176,8 +176,12 @@ class Optim:
     """Batches whose gradient has a norm this many times the usual one are skipped; 0 for none."""
     skips: int = 10
     """Batches that may be skipped in a row, for that or since the loss is no number; then training ends."""
+    ema: float = 0.0
+    """A stage comes to the mean of its weights over its steps, which moves by 1 less this much a step (and
+    by more in the first ones), as with 0.999; 0 for the weights after its last step."""
 
     def __post_init__(self) -> None:
+        _within("optim.ema", self.ema, 0.0, 0.999999)
         _within("optim.spike", self.spike, 0.0, 1e9)
         _within("optim.skips", self.skips, 0, 1 << 20)
         _within("optim.lr", self.lr, 1e-8, 1.0)
@@ -354,6 +358,9 @@ class Recipe:
     all: a batch of any size in the memory of one call, the same update to the bit, a third more work."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse the layers with torch.compile; auto does on a GPU, where there is a C compiler too."""
+    shard: bool = False
+    """Share out large modules among the workers in training (FSDP2): each holds its part of the
+    parameters, gradients and optimizer state, and writes that part of a checkpoint."""
 
     def __post_init__(self) -> None:
         _within("workers", self.workers, 1, 4096)
@@ -395,6 +402,7 @@ LAUNCH = (
     "together",
     "recompute",
     "compile",
+    "shard",
 )
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 

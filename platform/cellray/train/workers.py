@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def world() -> int:
@@ -26,7 +27,14 @@ def total(values: Tensor) -> Tensor:
 
 def agreed(flag: bool) -> bool:
     """Whether any worker says so: the same answer for all, who must all ask."""
-    return bool(total(torch.tensor([float(flag)])).item()) if world() > 1 else flag
+    return any_of(flag)[0]
+
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag, whether any worker says so, in one exchange."""
+    if world() == 1:
+        return flags
+    return tuple(n > 0 for n in total(torch.tensor(flags, dtype=torch.float32)).tolist())
 
 
 def from_first(value: Any) -> Any:
@@ -44,18 +52,19 @@ def barrier() -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over the workers, in one exchange.
+    """Replace every gradient by its sum over the workers, in one exchange; zeros where there is none.
 
     Losses are divided by global counts before they are differentiated, so the sum over workers
-    is the gradient of the one-worker loss.
+    is the gradient of the one-worker loss. What is shared out among the workers has been summed before.
     """
-    if world() == 1:
-        return
     found = [p for p in parameters if p.requires_grad]
     for p in found:
+        # With one worker too: the optimizer passes over what has no gradient, and moves what has zeros.
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    gradients = [p.grad for p in found if p.grad is not None]
+    gradients = [p.grad for p in found if p.grad is not None and not isinstance(p, DTensor)]
+    if world() == 1 or not gradients:
+        return
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
     first = 0
