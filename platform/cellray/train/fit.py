@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cellray.data.store import Store
-from cellray.train import checkpoint, workers
+from cellray.train import checkpoint, watchdog, workers
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
 from cellray.train.meters import Gauges, Meter
@@ -149,6 +149,7 @@ def run_stage(
                 group["lr"] = rate
             with torch.autocast(device, torch.bfloat16, enabled=halved), gauges.counted(share.tokens):
                 losses = step(stage, share, parameters, optimizer, recipe.optim.clip, skips)
+            watchdog.beat()
             now = time.monotonic()
             meter.seconds, meter.waited = before + now - began, waited + feed.waited
             meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens

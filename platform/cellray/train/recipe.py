@@ -298,8 +298,13 @@ class Recipe:
     score: Score = Score()
     notes: Mapping[str, str] = field(default_factory=dict)
     """Free text kept with the run."""
+    hang_seconds: float = 600.0
+    """Seconds without a step after which a worker counts as hung: it is killed, and all start again from
+    the newest checkpoint. Longer than what else may take time: the first batch, compiling, writing a model;
+    0 for never."""
 
     def __post_init__(self) -> None:
+        _within("hang_seconds", self.hang_seconds, 0.0, 1e6)
         _within("workers", self.workers, 1, 4096)
         _within("threads", self.threads, 1, 1024)
         _within("checkpoint_keep", self.checkpoint_keep, 1, 1000)
@@ -321,6 +326,7 @@ LAUNCH = (
     "track",
     "stages",
     "notes",
+    "hang_seconds",
 )
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 

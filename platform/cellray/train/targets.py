@@ -1,6 +1,7 @@
 """What the student learns from: the teacher's vectors, computed once and joined by cell id."""
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +9,15 @@ import torch
 from torch import Tensor
 
 from cellray.data import arrow, storage
-from cellray.data.store import Store
+from cellray.data.store import Batch, Store
 from cellray.data.tokens import Tokenizer
 from cellray.model.teacher import Teacher
 from cellray.train.batches import plain_tokens, present
 
-CHUNK = 256
+CHUNK = 64
+"""Cells that the teacher sees at a time: so few that the time between two is short with any model."""
+READ = 1024
+"""Cells that are read for it at a time."""
 
 
 class TeacherVectors:
@@ -52,14 +56,27 @@ class TeacherVectors:
 
 
 @torch.inference_mode()
-def teacher_table(teacher: Teacher, store: Store, rows: np.ndarray, *, device: str = "cpu") -> pa.Table:
-    """The teacher's view of the cells at `rows`: cell_id, present, joint, summaries (flattened)."""
+def teacher_table(
+    teacher: Teacher,
+    store: Store,
+    rows: np.ndarray,
+    *,
+    device: str = "cpu",
+    between: Callable[[], None] = lambda: None,
+) -> pa.Table:
+    """The teacher's view of the cells at `rows`: cell_id, present, joint, summaries (flattened).
+
+    `between` is called after every CHUNK of cells; what it raises ends this.
+    """
     teacher.eval()
     joint, summaries = [], []
-    for first in range(0, len(rows), CHUNK):
-        j, s = teacher_vectors(teacher, store, rows[first : first + CHUNK], device=device)
-        joint.append(j)
-        summaries.append(s)
+    for first in range(0, len(rows), READ):
+        batch = store.read(rows[first : first + READ])
+        for cells in np.split(np.arange(len(batch.rows)), range(CHUNK, len(batch.rows), CHUNK)):
+            j, s = _vectors(teacher, store.tokenizer, batch.take(cells), shown=None, device=device)
+            joint.append(j)
+            summaries.append(s)
+            between()
     width, names = teacher.width, list(teacher.names)
     about = {"width": width, "modalities": names}
     columns = {
@@ -81,8 +98,12 @@ def teacher_vectors(
     device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Joint vectors and flattened summaries of some cells, from the modalities `shown` (None: all)."""
-    batch = store.read(rows)
-    tokenizer: Tokenizer = store.tokenizer
+    return _vectors(teacher, store.tokenizer, store.read(rows), shown=shown, device=device)
+
+
+def _vectors(
+    teacher: Teacher, tokenizer: Tokenizer, batch: Batch, *, shown: tuple[str, ...] | None, device: str
+) -> tuple[np.ndarray, np.ndarray]:
     tokens = {
         name: plain_tokens(counts, tokenizer.vocabularies[name].modality, device=device)
         for name, counts in batch.counts.items()
