@@ -12,12 +12,14 @@ from tests.bench.goodput import PARTS, Kill, Watched, below, cost, goodput, rate
 
 def made(lost=2.0):
     """Steps of a second each; a kill at 10.5, of which the run goes on at 17 after losing `lost` steps."""
-    rows = [{"time": t, "at": t + 0.1, "seconds": t, "step": int(t)} for t in map(float, range(1, 11))]
+    rows: list[dict] = [
+        {"time": t, "at": t + 0.1, "seconds": t, "step": int(t)} for t in map(float, range(1, 11))
+    ]
     done = 10.0 - lost
     rows += [
         {"time": 17.0 + n, "at": 17.1 + n, "seconds": done + n, "step": int(done + n)} for n in range(1, 24)
     ]
-    marks = [{"stage": "run", "begun": 2, "at": 0.5}, {"stage": "run", "begun": 2, "at": 15.0}]
+    marks: list[dict] = [{"stage": "run", "begun": 2, "at": 0.5}, {"stage": "run", "begun": 2, "at": 15.0}]
     marks.append({"stage": "s", "resumed": int(done), "at": 16.5})
     events = sorted([*rows, *marks], key=lambda event: event["at"])
     return Watched(events, [Kill(10.5, gone=11.0, started=12.0)])

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -17,10 +18,17 @@ CHANGES = {"stages": "unimodal", "unimodal.epochs": "20", "workers": "2", "check
 LAST = "unimodal-rna"
 
 
-def begin(folder, **more):
+@contextmanager
+def begun(folder, **more):
+    """A training command, of which nothing is left afterwards."""
     stores.write(str(folder / "store"))
     words = [f"{key}={value}" for key, value in (CHANGES | more).items()]
-    return command(folder, f"run={folder}", *words)
+    process = command(folder, f"run={folder}", *words)
+    try:
+        yield process
+    finally:
+        for pid in of(process.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def trainers(process):
@@ -32,8 +40,8 @@ def trainers(process):
 def whole(tmp_path_factory):
     """What two workers come to that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    process = begin(folder)
-    said, _ = process.communicate(timeout=600)
+    with begun(folder) as process:
+        said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     found = outcome(folder)
     assert len(found) == 3
@@ -56,10 +64,10 @@ def stopped(process, draw, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_workers_that_are_stopped_are_replaced_and_change_nothing(tmp_path, whole, number):
-    process = begin(tmp_path, hang_seconds=HANG)
-    await_checkpoints(str(tmp_path / "checkpoints" / LAST), process, 1)
-    waited = stopped(process, random.Random(0), number)
-    said, _ = process.communicate(timeout=600)
+    with begun(tmp_path, hang_seconds=HANG) as process:
+        await_checkpoints(str(tmp_path / "checkpoints" / LAST), process, 1)
+        waited = stopped(process, random.Random(0), number)
+        said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     print(f"\n{number} of 2 stopped: ended after {waited:.1f} s with hang_seconds={HANG:g}")
     assert waited < 2 * HANG
@@ -72,17 +80,17 @@ def test_workers_that_are_stopped_are_replaced_and_change_nothing(tmp_path, whol
 
 @pytest.mark.slow
 def test_a_run_whose_workers_hang_again_and_again_comes_to_its_end(tmp_path, whole):
-    process = begin(tmp_path, hang_seconds=HANG)
     draw, waits = random.Random(1), []
     folder = str(tmp_path / "checkpoints" / LAST)
-    for _ in range(5):  # more than Ray Train lets pass by itself
-        before = max(checkpoint.steps(folder), default=0)
-        while max(checkpoint.steps(folder), default=0) == before and process.poll() is None:
-            time.sleep(0.05)
-        if process.poll() is not None or len(trainers(process)) < 2:
-            break
-        waits.append(stopped(process, draw, 1))
-    said, _ = process.communicate(timeout=900)
+    with begun(tmp_path, hang_seconds=HANG) as process:
+        for _ in range(5):  # more than Ray Train lets pass by itself
+            before = max(checkpoint.steps(folder), default=0)
+            while max(checkpoint.steps(folder), default=0) == before and process.poll() is None:
+                time.sleep(0.05)
+            if process.poll() is not None or len(trainers(process)) < 2:
+                break
+            waits.append(stopped(process, draw, 1))
+        said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     print(f"\nended after {[round(w, 1) for w in waits]} s with hang_seconds={HANG:g}")
     assert len(waits) > 1

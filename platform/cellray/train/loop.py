@@ -177,7 +177,7 @@ def train(
             stack.enter_context(lease.held(run.url, say, stop=stop, lost=lost))
         except Stopped:
             return
-        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        board = _board()
         with _watching(board, on_event, stop, lost):
             _fit(run, board)
         error = ray.get(board.failed.remote())
@@ -189,6 +189,16 @@ def train(
             f"{run.url} was taken over by another driver, as this one had shown no sign of life for "
             f"{lease.EXPIRY:.0f} s; that one goes on with it"
         )
+
+
+def _board() -> Any:
+    """A board on this process's node: one on a worker's would be lost with that node, and the run with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0)(Board)
+    return board.options(scheduling_strategy=here).remote()
 
 
 def _fit(run: Run, board: Any) -> None:
