@@ -5,6 +5,7 @@ workers. KILLS times, when a checkpoint was saved since, a node is killed with a
 seconds later there is another one.
 """
 
+import os
 import random
 import sys
 import tempfile
@@ -28,7 +29,10 @@ def main() -> int:
     left, saved, over, draw = int(kills), threading.Event(), threading.Event(), random.Random(0)
     small = {"object_store_memory": 128 << 20, "include_dashboard": False}
     with tempfile.TemporaryDirectory(prefix="nodes-", dir="/tmp") as scratch:
-        head = {"num_cpus": 0, "_temp_dir": scratch, "dashboard_port": None, **small}
+        # Where Ray writes down which cluster was started last: not where others would look for theirs.
+        os.environ["RAY_TMPDIR"] = scratch
+        os.mkdir(os.path.join(scratch, "ray"))
+        head = {"num_cpus": 0, "temp_dir": scratch, **small}
         found = Cluster(initialize_head=True, connect=False, shutdown_at_exit=False, head_node_args=head)
         nodes = [found.add_node(num_cpus=1, object_store_memory=128 << 20) for _ in range(2)]
         ray.init(address=found.address, log_to_driver=False)
