@@ -1,5 +1,6 @@
 """The chain of stages that every worker runs, each from what the one before it came to. No Ray."""
 
+import contextlib
 import threading
 from dataclasses import dataclass
 
@@ -8,14 +9,18 @@ import pyarrow as pa
 from torch import nn
 
 from cellray.data import arrow, storage
+from cellray.data.store import Store
 from cellray.model.teacher import Teacher
-from cellray.train import checkpoint, workers
+from cellray.train import checkpoint, watchdog, workers
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, plan_of, run_stage
 from cellray.train.methods import OTHERS
 from cellray.train.run import KINDS, Run
 from cellray.train.stages import Control, Distil, Joint, Stage, Unimodal, View
 from cellray.train.targets import TeacherVectors, read_table, teacher_table
+
+PIECE = 1024
+"""Cells whose teacher's vectors are written at a time; a multiple of it where that made over 1,000 pieces."""
 
 
 def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | None = None) -> None:
@@ -33,7 +38,7 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
             lambda stage, root, origin, kind: _stage(
                 stage, root, run, origin, train, emit, stop, kind in wanted
             ),
-            lambda teacher, origin: _vectors(teacher, run, origin, emit, device),
+            lambda teacher, origin: _vectors(teacher, run, origin, emit, device, stop),
         )
         return
     teacher = run.teacher().to(device)
@@ -57,7 +62,7 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
     origin = _stage(joint, teacher, run, origin, train, emit, stop, "joint" in wanted)
     if "distil" not in wanted:
         return
-    vectors = _vectors(teacher, run, origin, emit, device)
+    vectors = _vectors(teacher, run, origin, emit, device, stop)
     for kind in run.students().values():
         student = run.student(kind).to(device)
         for name in teacher.names:
@@ -101,28 +106,55 @@ def _stage(
     return str(facts["sha256"])
 
 
-def _vectors(teacher: Teacher, run: Run, origin: str, emit: Emit, device: str) -> TeacherVectors:
-    """The teacher's vectors of every cell, computed once by all workers and kept with the teacher's hash."""
-    path = run.teacher_path(origin)
-    store = run.store
+def _vectors(
+    teacher: Teacher, run: Run, origin: str, emit: Emit, device: str, stop: threading.Event
+) -> TeacherVectors:
+    """The teacher's vectors of every cell, computed once by all workers and kept with the teacher's hash.
+
+    In pieces, each written when it is done, so that no more than one a worker is lost when the run ends.
+    When `stop` is set, in any worker, all end with Stopped.
+    """
+    path, store = run.teacher_path(origin), run.store
     if not workers.from_first(storage.exists(path)):
-        emit({"stage": "teacher", "step": 0, "steps": 1})
-        rows = np.arange(len(store))[workers.rank() :: workers.world()]
-        part = run.path("teacher", f"{origin}.part-{workers.rank()}-{workers.world()}")
-        storage.write_bytes(part, arrow.encode(teacher_table(teacher, store, rows, device=device)))
-        workers.barrier()
-        if workers.rank() == 0:
-            parts = [
-                part.replace(f"part-0-{workers.world()}", f"part-{r}-{workers.world()}")
-                for r in range(workers.world())
-            ]
-            whole = pa.concat_tables([read_table(p) for p in parts])
+        folder = path.removesuffix(".arrow") + ".parts"
+        size = PIECE * -(-len(store) // (1000 * PIECE))
+        pieces = np.split(np.arange(len(store)), range(size, len(store), size))
+        parts = [storage.join(folder, f"{n:04d}-of-{len(pieces):04d}.arrow") for n in range(len(pieces))]
+        lead, world, steps = workers.rank() == 0, workers.world(), len(pieces)
+        done = workers.from_first([storage.exists(part) for part in parts] if lead else [])
+        left = [number for number in range(steps) if not done[number]]
+        emit({"stage": "teacher", "step": steps - len(left), "steps": steps})
+        for first in range(0, len(left), world):
+            turn = left[first : first + world]
+            if workers.rank() < len(turn):
+                number = turn[workers.rank()]
+                _piece(teacher, store, pieces[number], parts[number], device, stop)
+            if workers.agreed(stop.is_set()):
+                raise Stopped
+            emit({"stage": "teacher", "step": steps - len(left) + first + len(turn), "steps": steps})
+        if lead:
+            whole = pa.concat_tables([read_table(part) for part in parts])
             storage.write_bytes(path, arrow.encode(whole.combine_chunks()))
-            for p in parts:
-                checkpoint.remove(p)
+            checkpoint.remove(folder)
         workers.barrier()
-        emit({"stage": "teacher", "step": 1, "steps": 1, "finish": True})
+        emit({"stage": "teacher", "step": steps, "steps": steps, "finish": True})
     return TeacherVectors(read_table(path), store.cells["cell_id"].combine_chunks())
+
+
+def _piece(
+    teacher: Teacher, store: Store, rows: np.ndarray, path: str, device: str, stop: threading.Event
+) -> None:
+    """Write the vectors of the cells at `rows` to `path`, or nothing if `stop` is set meanwhile."""
+
+    def between() -> None:
+        watchdog.beat()
+        if stop.is_set():
+            raise Stopped
+
+    # The others are told of it by the caller.
+    with contextlib.suppress(Stopped):
+        table = teacher_table(teacher, store, rows, device=device, between=between)
+        storage.write_bytes(path, arrow.encode(table))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from cellray.data.store import Store
-from cellray.train import checkpoint, sharding, workers
+from cellray.train import checkpoint, sharding, watchdog, workers
 from cellray.train.averages import Averages
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed, Plan, Share
@@ -191,6 +191,7 @@ class Work:
             self._saved = began = time.monotonic()
             for share in feed:
                 rate, losses = self.step(share, gauges)
+                watchdog.beat()
                 now = time.monotonic()
                 meter.seconds, meter.waited = before + now - began, waited + feed.waited
                 meter.cells, meter.tokens = meter.cells + share.cells, meter.tokens + share.tokens

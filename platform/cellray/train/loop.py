@@ -1,15 +1,19 @@
 """Training on Ray: the chain of stages in the workers of a TorchTrainer, its events to whoever watches."""
 
 import contextlib
+import math
+import os
+import socket
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from cellray.train import lease, trackers, workers
+from cellray.train import lease, trackers, watchdog, workers
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
@@ -17,6 +21,11 @@ from cellray.train.masks import notes
 from cellray.train.recipe import Recipe, from_json, to_json
 from cellray.train.run import Run
 from cellray.train.skips import Diverged
+
+POLL = "0.5"
+"""Seconds between two looks of Ray Train at its workers; 2 by default. The environment goes before it."""
+BARREN = 3
+"""Times that a group of workers may fail to start, without a checkpoint between them."""
 
 
 class Board:
@@ -29,7 +38,8 @@ class Board:
         self.gains: set[tuple[str, int]] = set()
 
     def push(self, event: Event) -> None:
-        self.events.append(event)
+        """Note an event, and when it was heard of: seconds since 1970 by this machine's clock."""
+        self.events.append({**event, "at": time.time()})
         if "saved" in event:
             self.gains.add((event["stage"], event["saved"]))
 
@@ -115,18 +125,28 @@ def worker(config: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
 
     def emit(event: Event) -> None:
+        watchdog.beat()
         if workers.rank() == 0:
             ray.get(board.push.remote(event))
 
-    try:
-        with _listening(board) as stop:
-            chain(Run(recipe), emit, device, stop)
-    except Stopped:
-        pass  # all of them, at the same step
-    except Diverged as error:
-        # As an error of the worker it would be tried again, and come to the same.
-        ray.get(board.fail.remote(str(error)))
-    ray.train.report({"finished": True})
+    def hangs(where: str) -> None:
+        text = (
+            f"worker {workers.rank()}, process {os.getpid()} on {socket.gethostname()}, has got no further "
+            f"for {recipe.hang_seconds:g} s; it stands in {where}. It is killed, and all workers start again"
+        )
+        ray.get(board.push.remote({"stage": "run", "warning": text}))
+
+    with watchdog.watched(recipe.hang_seconds, hangs):
+        emit({"stage": "run", "begun": workers.world()})
+        try:
+            with _listening(board) as stop:
+                chain(Run(recipe), emit, device, stop)
+        except Stopped:
+            pass  # all of them, at the same step
+        except Diverged as error:
+            # As an error of the worker it would be tried again, and come to the same.
+            ray.get(board.fail.remote(str(error)))
+        ray.train.report({"finished": True})
 
 
 def train(
@@ -134,10 +154,10 @@ def train(
 ) -> None:
     """Run the chain on Ray Train; Ray must be connected. `on_event` hears of progress, in this process.
 
-    Running it again goes on where it stopped. Workers that die are started again and resume
-    from the newest checkpoint. Setting `stop`, from another thread or by a signal, ends it before it
-    is done, with a checkpoint. Killing this process ends the workers too, but where Ray has no
-    dashboard their CPUs stay taken until the whole job ends.
+    Running it again goes on where it stopped. Workers that die, or hang for `hang_seconds` of the recipe,
+    are started again and resume from the newest checkpoint. Setting `stop`, from another thread or by
+    a signal, ends it before it is done, with a checkpoint. Killing this process ends the workers too, but
+    where Ray has no dashboard their CPUs stay taken until the whole job ends.
 
     ValueError if another process drives the run, or takes it over, and Diverged, which is one, if too
     many batches in a row were of no use.
@@ -160,7 +180,7 @@ def train(
             stack.enter_context(lease.held(run.url, say, stop=stop, lost=lost))
         except Stopped:
             return
-        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        board = _board()
         with _watching(board, on_event, stop, lost):
             _fit(run, board)
         error = ray.get(board.failed.remote())
@@ -174,20 +194,35 @@ def train(
         )
 
 
+def _board() -> Any:
+    """A board on this process's node: one on a worker's would be lost with that node, and the run with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0)(Board)
+    return board.options(scheduling_strategy=here).remote()
+
+
 def _fit(run: Run, board: Any) -> None:
     """Run the workers to their end. They may fail as often as they like while they get further."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL)
+    barren = 0
     with tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch:
         while True:
             gained = ray.get(board.gained.remote())
             trainer = TorchTrainer(
                 worker,
                 train_loop_config={"recipe": to_json(run.recipe) | {"run": run.url}, "board": board},
-                # Numbers that all workers have to know stay on the CPU, and go over gloo.
-                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if run.recipe.gpu else "gloo"),
+                torch_config=TorchConfig(
+                    # Numbers that all workers have to know stay on the CPU, and go over gloo.
+                    backend="cpu:gloo,cuda:nccl" if run.recipe.gpu else "gloo",
+                    timeout_s=_patience(run.recipe.hang_seconds),
+                ),
                 scaling_config=ScalingConfig(num_workers=run.recipe.workers, use_gpu=run.recipe.gpu),
                 run_config=RunConfig(
                     name=f"cellray-{uuid.uuid4().hex[:8]}",
@@ -198,6 +233,16 @@ def _fit(run: Run, board: Any) -> None:
             try:
                 trainer.fit()
                 return
-            except TrainingFailedError:
-                if ray.get(board.gained.remote()) == gained:
+            except TrainingFailedError as error:
+                if ray.get(board.gained.remote()) > gained:
+                    barren = 0
+                    continue
+                barren += 1
+                # A worker that dies while its group starts may end Ray's controller, which then gives up.
+                if not isinstance(error, ControllerError) or barren == BARREN:
                     raise
+
+
+def _patience(hang_seconds: float) -> int:
+    """Seconds for which torch waits for other workers: the watchdog comes first; without one, a week."""
+    return math.ceil(2 * hang_seconds) + 60 if hang_seconds else 7 * 24 * 3600

@@ -361,8 +361,13 @@ class Recipe:
     shard: bool = False
     """Share out large modules among the workers in training (FSDP2): each holds its part of the
     parameters, gradients and optimizer state, and writes that part of a checkpoint."""
+    hang_seconds: float = 600.0
+    """Seconds without a step after which a worker counts as hung: it is killed, and all start again from
+    the newest checkpoint. Longer than what else may take time: the first batch, compiling, writing a model;
+    0 for never."""
 
     def __post_init__(self) -> None:
+        _within("hang_seconds", self.hang_seconds, 0.0, 1e6)
         _within("workers", self.workers, 1, 4096)
         _within("threads", self.threads, 1, 1024)
         _within("checkpoint_keep", self.checkpoint_keep, 1, 1000)
@@ -403,6 +408,7 @@ LAUNCH = (
     "recompute",
     "compile",
     "shard",
+    "hang_seconds",
 )
 """Settings that decide where and how fast a run goes, not what comes out of it."""
 

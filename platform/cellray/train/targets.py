@@ -1,6 +1,7 @@
 """What the student learns from: the teacher's vectors, computed once and joined by cell id."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from cellray.data import arrow, storage
-from cellray.data.store import Store
+from cellray.data.store import Batch, Store
 from cellray.data.tokens import Tokenizer
 from cellray.model.teacher import Teacher
 from cellray.train.batches import plain_tokens, present
 from cellray.train.contexts import Contexts
 
-CHUNK = 256
+CHUNK = 64
+"""Cells that the teacher sees at a time: so few that the time between two is short with any model."""
+READ = 1024
+"""Cells that are read for it at a time."""
 
 
 class TeacherVectors:
@@ -57,16 +61,28 @@ class TeacherVectors:
 
 
 @torch.inference_mode()
-def teacher_table(teacher: Teacher, store: Store, rows: np.ndarray, *, device: str = "cpu") -> pa.Table:
-    """The teacher's view of the cells at `rows`: cell_id, present, joint, summaries (flattened)."""
+def teacher_table(
+    teacher: Teacher,
+    store: Store,
+    rows: np.ndarray,
+    *,
+    device: str = "cpu",
+    between: Callable[[], None] = lambda: None,
+) -> pa.Table:
+    """The teacher's view of the cells at `rows`: cell_id, present, joint, summaries (flattened).
+
+    `between` is called after every CHUNK of cells; what it raises ends this.
+    """
     teacher.eval()
     joint, summaries = [], []
-    contexts = Contexts(store.cells, teacher.contexts) if teacher.contexts else None
-    for first in range(0, len(rows), CHUNK):
-        some = rows[first : first + CHUNK]
-        j, s = teacher_vectors(teacher, store, some, device=device, contexts=contexts)
-        joint.append(j)
-        summaries.append(s)
+    contexts = _told(teacher, store)
+    for first in range(0, len(rows), READ):
+        batch = store.read(rows[first : first + READ])
+        for cells in np.split(np.arange(len(batch.rows)), range(CHUNK, len(batch.rows), CHUNK)):
+            j, s = _vectors(teacher, store.tokenizer, batch.take(cells), contexts, device=device)
+            joint.append(j)
+            summaries.append(s)
+            between()
     width, names = teacher.width, list(teacher.names)
     about = {"width": width, "modalities": names}
     columns = {
@@ -92,18 +108,32 @@ def teacher_vectors(
 
     What the teacher is told of the cells is in `contexts`, by default as the store has it.
     """
-    batch = store.read(rows)
-    tokenizer: Tokenizer = store.tokenizer
+    contexts = contexts or _told(teacher, store)
+    return _vectors(teacher, store.tokenizer, store.read(rows), contexts, shown=shown, device=device)
+
+
+def _told(teacher: Teacher, store: Store) -> Contexts | None:
+    """What the teacher is told of the cells of a store; None where that is nothing."""
+    return Contexts(store.cells, teacher.contexts) if teacher.contexts else None
+
+
+def _vectors(
+    teacher: Teacher,
+    tokenizer: Tokenizer,
+    batch: Batch,
+    contexts: Contexts | None,
+    *,
+    shown: tuple[str, ...] | None = None,
+    device: str,
+) -> tuple[np.ndarray, np.ndarray]:
     tokens = {
         name: plain_tokens(
             counts, tokenizer.vocabularies[name].modality, encoding=teacher.encoding, device=device
         )
         for name, counts in batch.counts.items()
     }
-    if contexts is None and teacher.contexts:
-        contexts = Contexts(store.cells, teacher.contexts)
     if contexts is not None:
-        about = contexts.of(rows, device=device)
+        about = contexts.of(batch.rows, device=device)
         tokens = {name: replace(own, about=about) for name, own in tokens.items()}
     has = present(batch, len(teacher.names))
     if shown is not None:
