@@ -356,7 +356,7 @@ def ceilings(bench: Bench) -> Figures:
         train, test = cohort.train, cohort.test
         state = bench.cells.state
         genes, genes_test = cohort.profiles
-        true = [np.log(bench.rates.usual["rna"][rows]) for rows in (train, test)]
+        true = [np.log(bench.rates.usual["rna"][rows].astype(np.float64)) for rows in (train, test)]
         drawn = np.sort(np.random.default_rng(0).permutation(len(train))[: round(inputs.DRAWN * len(train))])
         guesses = {
             "ridge on PCA": baselines.ridge(*_around(cohort.components, state[train])),
