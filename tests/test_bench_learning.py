@@ -116,10 +116,12 @@ def test_the_error_of_hidden_values_is_that_of_a_loop_over_cells(run, bench):
 def test_the_simulators_rates_are_those_its_counts_are_drawn_from(bench):
     before = dict(truth._DRAW)
     found = bench.rates
-    assert truth._DRAW == before
+    assert before == truth._DRAW
     for modality in MODALITIES:
         has = bench.material.measured(modality)
-        counts = (bench.cells.counts[modality] > 0 if modality == "atac" else bench.cells.counts[modality])[has]
+        counts = (bench.cells.counts[modality] > 0 if modality == "atac" else bench.cells.counts[modality])[
+            has
+        ]
         rates = found.mean[modality][has]
         assert np.isnan(found.mean[modality][~has]).all()
         spread = counts.toarray().std(axis=0) / np.sqrt(has.sum())
@@ -202,7 +204,9 @@ FIGURES = {
 
 def test_rows_say_what_was_met_and_name_the_baseline():
     wrong = FIGURES | {f"state of {c}/student": 0.3 for c in ("pairs", "cite")}
-    simple = {f"RNA to ATAC/{m}": v for m, v in (("type mean", 0), ("ridge on PCA", 0.02), ("kNN on PCA", 0.04))}
+    simple = {
+        f"RNA to ATAC/{m}": v for m, v in (("type mean", 0), ("ridge on PCA", 0.02), ("kNN on PCA", 0.04))
+    }
     others = simple | {f"state of {c}/all there is to know of RNA": 0.7 for c in ("pairs", "cite")}
     found = {r.what: r for r in rows(Results([FIGURES] * 2, [wrong] * 2, [], others, why_not="no time"))}
     error = found["stage 1, rna: error of hidden values, under"]

@@ -18,6 +18,15 @@ SECONDS = 20.0
 """Between two lines that say how far a stage is."""
 
 
+CONTROL = "control"
+"""The stage that is no part of a method, but there to compare with."""
+
+
+def method(spent: Mapping[str, float]) -> float:
+    """CPU-seconds of all stages that make the teacher and the student."""
+    return sum(seconds for name, seconds in spent.items() if name != CONTROL)
+
+
 @dataclass(frozen=True)
 class Cost:
     """CPU-seconds of the stages of a chain, kept in a file so that a chain that was cut short adds up."""
@@ -97,7 +106,7 @@ def trained(job: Mapping[str, Any], material: Any) -> dict[str, Any]:
 
 
 def calibrated(job: Mapping[str, Any], material: Any) -> dict[str, Any]:
-    """CPU-seconds that the recipe `whole` would take, by a few steps of each of its stages.
+    """CPU-seconds that `method` would take of the recipe `whole`, by a few steps of each of its stages.
 
     `seconds` grow with its epochs, `fixed` does not: the teacher's vectors of all cells.
     """
@@ -111,8 +120,8 @@ def calibrated(job: Mapping[str, Any], material: Any) -> dict[str, Any]:
     wanted = replace(from_json(job["whole"]), run=job["recipe"]["run"])
     whole = {stage.name: stage.cells for stage in outlook(Run(wanted))}
     tried = {stage.name: stage.cells for stage in outlook(run)}
-    seconds = sum(spent[name] * whole[name] / cells for name, cells in tried.items())
-    say(f"{job['label']}: {sum(spent.values()):.0f} CPU-s; the whole would take {seconds:.0f}")
+    seconds = sum(spent[name] * whole[name] / cells for name, cells in tried.items() if name != CONTROL)
+    say(f"{job['label']}: {method(spent):.0f} CPU-s; the whole would take {seconds:.0f}")
     return {"seconds": seconds, "fixed": spent.get("teacher", 0.0), "cpu": spent}
 
 
