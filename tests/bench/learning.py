@@ -72,7 +72,7 @@ def main() -> int:
 
     simulation = Simulation(**(QUICK if options.quick else FULL))
     folder = Path(options.out).absolute()
-    about = f"{simulation.cells:,} cells, {options.seeds} seed{'s' * (options.seeds > 1)}"
+    about = f"{simulation.cells:,} cells and a few steps a stage, too few to learn from"
     report = LearningReport(folder / "learning.json", quick=about if options.quick else "")
     runs = Runs(
         folder / ("learning-quick" if options.quick else "learning"), asdict(simulation), options.quick
