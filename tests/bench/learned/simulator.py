@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -59,7 +60,8 @@ def _present(simulation: Simulation, block: int) -> np.ndarray:
 @contextmanager
 def _overheard(heard: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> Iterator[None]:
     """While the body draws cells, what each draw is given is kept as well."""
-    before = dict(truth._DRAW)
+    table = cast(dict[str, Draw], truth._DRAW)
+    before = dict(table)
 
     def keeping(name: str) -> Draw:
         def draw(
@@ -70,11 +72,11 @@ def _overheard(heard: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> Iterato
 
         return draw
 
-    truth._DRAW.update({name: keeping(name) for name in before})
+    table.update({name: keeping(name) for name in before})
     try:
         yield
     finally:
-        truth._DRAW.update(before)
+        table.update(before)
 
 
 def expected(name: str, simulation: Simulation, effect: np.ndarray, depth: np.ndarray) -> np.ndarray:
