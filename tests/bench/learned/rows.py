@@ -1,6 +1,6 @@
 """From the figures of every seed to the rows of the table: claims, and what they are measured against."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,6 +239,3 @@ def _differences(figures: Sequence[Figures], upper: str, lower: str) -> list[flo
 def _share(f: Figures, key: str) -> float:
     """Recovery: what the student wins back of what RNA alone lacks."""
     return (f[f"{key}student"] - f[f"{key}control"]) / (f[f"{key}teacher"] - f[f"{key}control"])
-
-
-Say = Callable[[str], None]
