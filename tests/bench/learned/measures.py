@@ -149,7 +149,7 @@ def asked(run: Run, bench: Bench, modality: str) -> Asked:
             keys=(MASKING,),
         )
         with torch.inference_mode():
-            value, logit = heads(encoder(tokens, heads.withheld).states[at])
+            value, logit = heads(encoder(tokens, heads.withheld).at(at))
         cell = np.searchsorted(tokens.offsets.numpy(), at.numpy(), side="right") - 1
         said = np.full(len(at), np.nan, np.float32) if value is None else (value * encoder.unit).numpy()
         found.append((some[cell], tokens.ids[at].numpy(), truth.numpy(), said, logit.numpy()))
