@@ -5,11 +5,9 @@ A recipe is a function that returns a `Recipe`; a variation is `dataclasses.repl
 """
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import json
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -17,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from cellray.data.modalities import BUILT_IN, Modality
 from cellray.data.qc import QC
+from cellray.train.overrides import built, changed
 
 T = TypeVar("T")
 
@@ -454,78 +453,8 @@ def override(recipe: T, changes: Mapping[str, Any]) -> T:
     ValueError for a setting that does not exist (with those that do) or a value of another type.
     """
     for key, value in changes.items():
-        recipe = _set(recipe, key.split("."), value, key)
+        recipe = changed(recipe, key.split("."), value, key)
     return recipe
-
-
-def _set(node: Any, path: list[str], value: Any, key: str) -> Any:
-    if isinstance(node, tuple):
-        names = [item.name for item in node]
-        if path[0] not in names:
-            raise _unknown(key, path[0], names)
-        if len(path) == 1:
-            raise ValueError(f"{key} is no setting but a group: set one of its fields, as in {key}.context")
-        at = names.index(path[0])
-        return (*node[:at], _set(node[at], path[1:], value, key), *node[at + 1 :])
-    hints = typing.get_type_hints(type(node))
-    if path[0] not in hints:
-        raise _unknown(key, path[0], list(hints))
-    old = getattr(node, path[0])
-    if len(path) > 1:
-        if not (is_dataclass(old) or (isinstance(old, tuple) and old and is_dataclass(old[0]))):
-            raise ValueError(f"{key}: {path[0]} is a plain setting and has no {path[1]!r}")
-        return dataclasses.replace(node, **{path[0]: _set(old, path[1:], value, key)})
-    if is_dataclass(old) and not isinstance(value, type(old)):
-        raise ValueError(f"{key} is a group of settings: {', '.join(typing.get_type_hints(type(old)))}")
-    return dataclasses.replace(node, **{path[0]: _typed(hints[path[0]], value, key)})
-
-
-def _unknown(key: str, name: str, names: list[str]) -> ValueError:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"there is no setting {key!r}: {name!r} is none of {', '.join(names)}.{hint}")
-
-
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    """`value`, text or not, as the type `hint`; ValueError where it cannot be."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ValueError(f"{key}={value!r}: expected {_spell(hint)}")
-    if origin is Literal and value in args:
-        return value
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        parts = [] if parts == [""] else parts
-        kinds = [args[0]] * len(parts) if args[-1] is Ellipsis else list(args)
-        if len(kinds) == len(parts):
-            return tuple(_typed(kind, part, key) for kind, part in zip(kinds, parts, strict=True))
-    if origin is Mapping:
-        found = json.loads(value) if isinstance(value, str) else value
-        if isinstance(found, Mapping):
-            return dict(found)
-    if hint is str and isinstance(value, str):
-        return value
-    if hint is bool:
-        named = {"true": True, "false": False}.get(str(value).lower())
-        if named is not None:
-            return named
-    if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise wrong from None
-        if math.isfinite(number) and (hint is float or number.is_integer()):
-            return hint(number)
-    raise wrong
-
-
-def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if hint in (int, float, bool, str):
-        return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    if typing.get_origin(hint) is tuple:
-        return "values with commas between them"
-    return str(hint)
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -535,18 +464,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 def from_json(data: Mapping[str, Any]) -> Recipe:
     """The recipe that `to_json` wrote."""
-    return typing.cast(Recipe, _build(Recipe, data))
-
-
-def _build(kind: Any, data: Any) -> Any:
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return typing.cast(type, kind)(**{name: _build(hints[name], value) for name, value in data.items()})
-    if typing.get_origin(kind) is tuple:
-        args = typing.get_args(kind)
-        inner = [args[0]] * len(data) if args[-1] is Ellipsis else args
-        return tuple(_build(k, v) for k, v in zip(inner, data, strict=True))
-    return data
+    return typing.cast(Recipe, built(Recipe, data))
 
 
 def fingerprint(recipe: Recipe) -> str:
