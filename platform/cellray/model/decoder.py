@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         self.slope = nn.Parameter(torch.ones(()))
         self.depth = nn.Linear(width, 1)
         self.register_buffer("reference", torch.zeros(()))
-        nn.init.normal_(self.feature.weight, std=0.02)
+        nn.init.normal_(self.feature.weight, std=0.1)
         nn.init.zeros_(self.depth.weight)
         for layer in (self.enter, self.leave, self.depth):
             nn.init.zeros_(layer.bias)

@@ -23,6 +23,7 @@ from cellray.model.attention import (
     spans,
     steady,
 )
+from cellray.model.blocks import Block
 from cellray.model.values import ENCODINGS
 
 
@@ -73,8 +74,16 @@ class Encoded:
         return found.index_put((self.places,), self.attended)
 
 
+START = 0.01
+"""How strong what a layer adds to its input is at first, against torch's own start."""
+
+
 class Layer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer. It begins near the identity, and learns what to add.
+
+    Where all layers add at full strength from the start, the first hundred steps lead summaries into a
+    few large directions, and hundreds more back out of them.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -86,6 +95,11 @@ class Layer(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
         self.compiled = False
+        with torch.no_grad():
+            for linear in (self.mix, self.body[-1]):
+                assert isinstance(linear, nn.Linear)
+                linear.weight.mul_(START)
+                linear.bias.zero_()
 
     def forward(self, x: Tensor, where: Tensor | Packed | None) -> Tensor:
         """`x` [cells, positions, width] or, packed, [positions, width]; `where` as `attention` wants it."""
@@ -141,7 +155,12 @@ class Encoder(nn.Module):
         self.cls = nn.Parameter(torch.zeros(width))
         self.depth = nn.Linear(1, width)
         self.bag = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            Block(4 * width),
+            Block(4 * width),
+            nn.LayerNorm(4 * width),
+            nn.Linear(4 * width, width),
         )
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.out = nn.LayerNorm(width)

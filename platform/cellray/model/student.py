@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cellray.data.modalities import Modality
 from cellray.data.tokens import Vocabulary
+from cellray.model.blocks import Block
 from cellray.model.decoder import Decoder
 from cellray.model.encoder import Encoder, Tokens
 from cellray.model.teacher import some_cells
@@ -81,19 +82,6 @@ class Student(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
-
-
-class Block(nn.Module):
-    """Residual MLP, pre-norm."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
 
 
 class SparseMLP(nn.Module):

@@ -13,7 +13,10 @@ from cellray.model.encoder import Encoder, Layer, Tokens
 
 
 class Fusion(nn.Module):
-    """Summaries of the present modalities -> one joint vector, by attention from a [CELL] position."""
+    """Summaries of the present modalities -> one joint vector, by attention from a [CELL] position.
+
+    [CELL] starts from the mean of the present summaries: what they say needs no layer to get there.
+    """
 
     def __init__(self, modalities: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -31,7 +34,8 @@ class Fusion(nn.Module):
         for bit: it is replaced by zeros before attention, and attention gives it weight 0.
         """
         x = torch.where(present[..., None], summaries + self.kind, 0.0)
-        x = torch.cat([self.cell.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+        mean = x.sum(dim=1, keepdim=True) / present.sum(dim=1).clamp_min(1)[:, None, None]
+        x = torch.cat([(self.cell + mean).to(x.dtype), x], dim=1)
         real = torch.cat([present.new_ones(len(x), 1), present], dim=1)
         for layer in self.layers:
             x = layer(x, real)

@@ -230,12 +230,15 @@ class Unimodal:
     """Most neighbouring peaks in a region."""
     grouped: float = 0.5
     """Share of the cells in which programmes or regions are hidden; in the others single tokens are."""
+    hidden: float = 1.0
+    """Weight of guessing what is hidden, values and detection, against reconstruction."""
 
     def __post_init__(self) -> None:
         _within("unimodal.mask", self.mask[0], 0.0, self.mask[1])
         _within("unimodal.mask", self.mask[1], self.mask[0], 0.95)
         _within("unimodal.region", self.region, 2, 1 << 20)
         _within("unimodal.grouped", self.grouped, 0.0, 1.0)
+        _within("unimodal.hidden", self.hidden, 0.0, 1e6)
         _known("unimodal.mask_by", self.mask_by, ("token", "programme", "region"))
 
 
@@ -255,6 +258,11 @@ class Joint:
     """Of the matching softmax."""
     queries: int = 2048
     """Most features asked of each decoder in a step."""
+    others: float = 1.0
+    """Weight of decoding modalities other than RNA."""
+
+    def __post_init__(self) -> None:
+        _within("joint.others", self.others, 0.0, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)

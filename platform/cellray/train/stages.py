@@ -156,12 +156,13 @@ class Unimodal:
             "detection": Loss(
                 F.binary_cross_entropy_with_logits(detected.float(), counted.float(), reduction="sum"),
                 len(truth),
+                self.setting.hidden,
             ),
             "reconstruction": rebuilt,
         }
         if value is not None:
             error = ((value.float() - truth / encoder.unit).square() * counted).sum()
-            found["value"] = Loss(error, float(counted.sum()))
+            found["value"] = Loss(error, float(counted.sum()), self.setting.hidden)
         return found
 
 
@@ -222,6 +223,7 @@ class Joint:
                 cell[torch.from_numpy(rows).to(self.device)],
                 queries=self.setting.queries,
                 keys=(self.seed, step),
+                weight=1.0 if name == "rna" else self.setting.others,
             )
             for j in range(i):
                 both = torch.from_numpy(np.flatnonzero(has[:, i] & has[:, j])).to(self.device)
