@@ -20,6 +20,7 @@ from cellray.train.meters import Gauges, Meter
 from cellray.train.recipe import Optim
 from cellray.train.stages import Joint
 from tests import stores
+from tests.attentive import attentive
 
 WIDTH, CONTEXT = 32, 60
 LENGTHS = [3, 60, 0, 17, 90, 1, 61, 12, 33, 7, 7, 8]
@@ -41,7 +42,7 @@ def tokens(lengths, seed=0):
 
 def encoder(layers=2, **compute):
     torch.manual_seed(0)
-    model = Encoder(50, WIDTH, layers, heads=2, context=CONTEXT)
+    model = attentive(Encoder(50, WIDTH, layers, heads=2, context=CONTEXT))
     model.compute = Compute(**compute)
     return model
 

@@ -14,6 +14,7 @@ from cellray.model.encoder import Encoder
 from cellray.train import batches
 from cellray.train.batches import asked_features, kept, masked_tokens, targets
 from cellray.train.feed import mix, stir, uniform
+from tests.attentive import attentive
 
 FEATURES = 40
 
@@ -122,7 +123,7 @@ def test_features_asked_are_those_that_draw_least(features, most, seed):
 @pytest.mark.parametrize("context", [8, 64])
 def test_states_asked_for_are_those_of_their_tokens_with_the_same_gradients(context):
     torch.manual_seed(0)
-    encoder, withheld = Encoder(FEATURES, 8, 1, 2, context), torch.randn(8)
+    encoder, withheld = attentive(Encoder(FEATURES, 8, 1, 2, context)), torch.randn(8)
     modality = dataclasses.replace(RNA, context=context)
     counts = cells([30, 4, 0, 17, 40], 2)
     tokens, at, _ = masked_tokens(

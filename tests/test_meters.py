@@ -44,7 +44,7 @@ def by_hand(lengths, width, layers):
     layer = 3 * 2 * 12 * width**2 * places + 7 * 2 * width * sum((n + 1) ** 2 for n in lengths)
     value = 2 * 2 * width * tokens + 3 * 2 * width**2 * tokens
     depth = 2 * 2 * width * cells
-    bag = 3 * 2 * 4 * width**2 * cells
+    bag = 3 * 2 * (4 + 2 * 2 * 16 + 4) * width**2 * cells
     summary = 3 * 2 * width**2 * cells
     return layers * layer + value + depth + bag + summary
 

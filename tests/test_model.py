@@ -9,6 +9,7 @@ from cellray.model.encoder import Encoder, Tokens, first_tokens
 from cellray.model.student import SparseMLP
 from cellray.model.teacher import Fusion, Teacher, some_cells
 from tests import stores
+from tests.attentive import attentive
 
 
 def tokens(lengths, features=50, seed=0, hidden=0.2):
@@ -26,7 +27,7 @@ def tokens(lengths, features=50, seed=0, hidden=0.2):
 
 def encoder(context=40, seed=0):
     torch.manual_seed(seed)
-    return Encoder(50, 32, layers=2, heads=2, context=context)
+    return attentive(Encoder(50, 32, layers=2, heads=2, context=context))
 
 
 HIDDEN = torch.full((32,), 0.1)
@@ -68,7 +69,7 @@ def test_the_first_tokens_of_every_cell_are_found():
 @pytest.mark.parametrize("pattern", range(1, 8))
 def test_what_stands_at_an_absent_place_changes_nothing(pattern):
     torch.manual_seed(0)
-    fusion = Fusion(3, 32, 2, 2)
+    fusion = attentive(Fusion(3, 32, 2, 2))
     present = torch.tensor([[bool(pattern & 1), bool(pattern & 2), bool(pattern & 4)]] * 4)
     summaries = torch.randn(4, 3, 32)
     strange = torch.where(present[..., None], summaries, torch.tensor(float("nan")))
@@ -80,7 +81,8 @@ def test_what_stands_at_an_absent_place_changes_nothing(pattern):
 
 def test_only_present_modalities_are_encoded():
     torch.manual_seed(0)
-    teacher = Teacher({m.name: (m, 50) for m in BUILT_IN}, width=32, layers=1, heads=2, fusion_layers=1)
+    modalities = {m.name: (m, 50) for m in BUILT_IN}
+    teacher = attentive(Teacher(modalities, width=32, layers=1, heads=2, fusion_layers=1))
     whole = {m.name: tokens([5, 6, 7], seed=i) for i, m in enumerate(BUILT_IN)}
     present = torch.tensor([[True, False, True], [True, True, False], [False, True, False]])
     with torch.inference_mode():

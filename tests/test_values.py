@@ -30,6 +30,7 @@ from cellray.train.masks import Grouped
 from cellray.train.recipe import Network, Optim
 from cellray.train.stages import Joint, Unimodal
 from tests import stores
+from tests.attentive import attentive
 
 KEYS = (1, 2)
 HIDDEN = torch.full((32,), 0.1)
@@ -42,7 +43,7 @@ def run(tmp_path_factory):
 
 def encoder(encoding, features=120):
     torch.manual_seed(0)
-    return Encoder(features, 32, layers=1, heads=2, context=40, encoding=encoding)
+    return attentive(Encoder(features, 32, layers=1, heads=2, context=40, encoding=encoding))
 
 
 def masked(run, counts, encoding, mask=(0.3, 0.5)):

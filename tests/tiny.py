@@ -8,6 +8,7 @@ from cellray.data.modalities import ATAC, RNA
 from cellray.data.tokens import POOLED, Counts, Tokenizer, Vocabulary
 from cellray.embedder import Embedder, tokens_from
 from cellray.model.student import build
+from tests.attentive import attentive
 
 GENES = tuple(f"ENSG{i:011d}" for i in range(120))
 SYMBOLS = tuple(f"GENE{i}" for i in range(120))
@@ -62,7 +63,7 @@ def embedder(*, labelled=True, kind="mlp"):
     modalities = {name: (v.modality, len(v)) for name, v in words.vocabularies.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        student = build(kind, modalities, SIZES[kind])
+        student = attentive(build(kind, modalities, SIZES[kind]))
         student.start(words.vocabularies)
     labels = ["neuron", "glia"] * 100 if labelled else [""] * 200
     about = {

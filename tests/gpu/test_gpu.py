@@ -10,6 +10,7 @@ from cellray.model.attention import Compute, Packed, attention, flash
 from cellray.model.encoder import Encoder, Tokens
 from cellray.train.chain import chain
 from tests import stores
+from tests.attentive import attentive
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ def tokens(lengths, device, seed=0):
 
 def encoder(device, layers=2, **compute):
     torch.manual_seed(0)
-    model = Encoder(500, WIDTH, layers, heads=4, context=512)
+    model = attentive(Encoder(500, WIDTH, layers, heads=4, context=512))
     model.compute = Compute(**compute)
     return model.to(device)
 
