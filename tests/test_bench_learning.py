@@ -17,8 +17,8 @@ from cellray.train.batches import masked_tokens
 from cellray.train.recipe import load, override
 from cellray.train.run import Run
 from tests import stores
+from tests.bench.harness.jobs import Cost, losses_of
 from tests.bench.learned import material, measures, simulator
-from tests.bench.learned.job import Cost, losses_of
 from tests.bench.learned.rows import Results, rows
 from tests.bench.learning import Runs, stretched
 
@@ -246,7 +246,7 @@ def test_what_is_there_is_not_done_again_and_other_settings_are_another_run(tmp_
         started.append(job.parent.name)
         material.Path(str(job.with_suffix(".json"))).write_text("{}")
 
-    monkeypatch.setattr("tests.bench.learning.process", process)
+    monkeypatch.setattr("tests.bench.harness.jobs.process", process)
     runs = Runs(tmp_path, {"cells": 600}, quick=True)
     assert runs.train("ours", 0) == runs.train("ours", 0) == {}
     assert len(started) == 1

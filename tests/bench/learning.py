@@ -9,18 +9,16 @@ that a bench cut short goes on. Prints a table, writes runs/bench/learning.json 
 """
 
 import argparse
-import hashlib
-import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tests.bench.harness.jobs import code, ends, hashed, once
 
 if TYPE_CHECKING:
     from cellray.train.recipe import Recipe
@@ -66,14 +64,14 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     from cellray.data.truth import Simulation
-    from tests.bench.harness.report import Row
+    from tests.bench.harness.report import Report, Row
     from tests.bench.learned.job import method
-    from tests.bench.learned.rows import LearningReport, Results, rows
+    from tests.bench.learned.rows import Results, rows
 
     simulation = Simulation(**(QUICK if options.quick else FULL))
     folder = Path(options.out).absolute()
     about = f"{simulation.cells:,} cells and a few steps a stage, too few to learn from"
-    report = LearningReport(folder / "learning.json", quick=about if options.quick else "")
+    report = Report(folder / "learning.json", quick=about if options.quick else "")
     runs = Runs(
         folder / ("learning-quick" if options.quick else "learning"), asdict(simulation), options.quick
     )
@@ -134,19 +132,6 @@ def trained(runs: "Runs", seeds: int, processes: int) -> dict[str, list[dict[str
     return {name: [one for one in some if one] for name, some in done.items()} | {"others": [others.result()]}
 
 
-def ends(seeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
-    """Stage, loss at its first step and at its end: means over the seeds."""
-    stages = list(seeds[0]["losses"]) if seeds else []
-    return [
-        (
-            stage,
-            sum(one["losses"][stage]["first"]["loss"] for one in seeds) / len(seeds),
-            sum(one["losses"][stage]["last"]["loss"] for one in seeds) / len(seeds),
-        )
-        for stage in stages
-    ]
-
-
 @dataclass
 class Runs:
     """Runs below one folder, each trained and measured once for the settings and the code there are."""
@@ -166,7 +151,7 @@ class Runs:
     @cached_property
     def material(self) -> Path:
         """The folder of the stores."""
-        return self.folder / f"stores-{_hashed(self.simulation, code(TRAINING[:1]))}"
+        return self.folder / f"stores-{hashed(self.simulation, code(TRAINING[:1]))}"
 
     def recipe(self, design: str, seed: int) -> "Recipe":
         """Of one run, without its folder."""
@@ -221,7 +206,7 @@ class Runs:
         """What a run came to. Runs of that name with other settings or other code are removed."""
         from cellray.train.recipe import to_json
 
-        mark = _hashed(to_json(recipe), code(TRAINING))
+        mark = hashed(to_json(recipe), code(TRAINING))
         for old in self.folder.glob(f"{name}-*"):
             if old.name != f"{name}-{mark}":
                 shutil.rmtree(old)
@@ -231,14 +216,8 @@ class Runs:
 
     def _once(self, figures: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         """What the process of a job leaves in `figures`, which is kept."""
-        if not figures.exists():
-            figures.parent.mkdir(parents=True, exist_ok=True)
-            whole = {**job, "simulation": self.simulation, "material": str(self.material)}
-            file = figures.with_suffix(".job")
-            file.write_text(json.dumps(whole | {"figures": str(figures)}))
-            process([sys.executable, "-m", "tests.bench.learned.job", str(file)])
-        found: dict[str, Any] = json.loads(figures.read_text())
-        return found
+        whole = {**job, "simulation": self.simulation, "material": str(self.material)}
+        return once("tests.bench.learned.job", figures, whole)
 
 
 def stretched(recipe: "Recipe", factor: float) -> "Recipe":
@@ -247,33 +226,6 @@ def stretched(recipe: "Recipe", factor: float) -> "Recipe":
 
     parts = {name: getattr(recipe, name).epochs for name in ("unimodal", "joint", "distil")}
     return override(recipe, {f"{name}.epochs": epochs * factor for name, epochs in parts.items()})
-
-
-def process(command: Sequence[str]) -> None:
-    """Run it with one thread. RuntimeError if it fails; it has said why."""
-    from tests.bench.harness.rounds import ONE_THREAD, ROOT
-
-    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
-    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    if status:
-        raise RuntimeError(f"{' '.join(command)} ended with status {status}, see what it printed")
-
-
-def code(places: Sequence[str]) -> str:
-    """Of the Python files there, eight characters."""
-    from tests.bench.harness.rounds import ROOT
-
-    digest = hashlib.sha256()
-    for place in places:
-        path = ROOT / place
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def _hashed(*facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":

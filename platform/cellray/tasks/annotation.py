@@ -30,6 +30,12 @@ def annotation(cohort: Cohort, progress: Callable[[str], None]) -> list[Row]:
     names = cohort.labels[2]
     if len(names) < 2:
         return not_run(cohort.dataset, f"all cells have the label {names[0]!r}")
+    results = [*models(cohort, progress), *simple(cohort, progress)]
+    return rows(TASK, cohort.dataset, cohort.split, METRICS, results)
+
+
+def models(cohort: Cohort, progress: Callable[[str], None]) -> list[Result]:
+    """Probes of our embeddings alone. Of another training they are to be had without `simple` anew."""
     made_from = cohort.scored.leak(cohort.dataset)
     results = []
     for model, name in EMBEDDINGS.items():
@@ -41,7 +47,7 @@ def annotation(cohort: Cohort, progress: Callable[[str], None]) -> list[Row]:
             progress(f"{TASK} of {cohort.dataset}: {model}, {probe}")
             fits = [probed(cohort, *cohort.embedding(name), probe, draw) for draw in cohort.draws]
             results.append(averaged(f"{model}, {probe}", kind(name), fits))
-    return rows(TASK, cohort.dataset, cohort.split, METRICS, [*results, *_baselines(cohort, progress)])
+    return results
 
 
 def not_run(dataset: str, reason: str) -> list[Row]:
@@ -82,7 +88,8 @@ def judged(cohort: Cohort, chance: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _baselines(cohort: Cohort, progress: Callable[[str], None]) -> list[Result]:
+def simple(cohort: Cohort, progress: Callable[[str], None]) -> list[Result]:
+    """The baselines. They read nothing of what was trained; random weights have its shape."""
     fits: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in BASELINES}
     codes, truth, names = cohort.labels
     train, test = cohort.profiles

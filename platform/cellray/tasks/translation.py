@@ -12,6 +12,8 @@ from cellray.tasks.rows import Kind, Result, Row, averaged, refused, rows
 DETECTION = ("AUROC", "AUROC, depth-adjusted", "AUROC per cell")
 VALUES = ("Pearson", "Pearson within label")
 FITTED = ("ridge on PCA", "kNN on PCA", "MLP")
+TRANSLATED = {"student": "student", "random weights": "random"}
+"""Name in the report -> name in `Scored.translate`."""
 POSITIVES = 10
 """Held-out cells with and without a peak that its AUROC needs."""
 
@@ -47,13 +49,27 @@ def translation(cohort: Cohort, modality: Modality, most: int, progress: Callabl
     one fit each; the baselines are the mean over the draws.
     """
     features = _features(cohort, modality, most)
-    name = task_name(modality)
     if not len(features):
         return not_run(cohort.dataset, modality, "no feature is counted in enough held-out cells")
-    judge = _detection if modality.likelihood == "bernoulli" else _values
-    results = judge(cohort, modality, features, lambda text: progress(f"{name} of {cohort.dataset}: {text}"))
+    found = results(cohort, modality, most, ("student", *baseline_names(modality)), progress)
     split = f"{cohort.split}; {len(features):,} features"
-    return rows(name, cohort.dataset, split, metric_names(modality), results)
+    return rows(task_name(modality), cohort.dataset, split, metric_names(modality), found)
+
+
+def results(
+    cohort: Cohort, modality: Modality, most: int, models: Iterable[str], progress: Callable[[str], None]
+) -> list[Result]:
+    """What `translation` finds of each of `models`: "student", or one of `baseline_names`.
+
+    No baseline but the random weights reads anything of what was trained.
+    """
+    judge = _detection if modality.likelihood == "bernoulli" else _values
+    told = f"{task_name(modality)} of {cohort.dataset}"
+
+    def tell(text: str) -> None:
+        progress(f"{told}: {text}")
+
+    return judge(cohort, modality, _features(cohort, modality, most), models, tell)
 
 
 def _features(cohort: Cohort, modality: Modality, most: int) -> np.ndarray:
@@ -68,27 +84,36 @@ def _features(cohort: Cohort, modality: Modality, most: int) -> np.ndarray:
 
 
 def _detection(
-    cohort: Cohort, modality: Modality, features: np.ndarray, progress: Callable[[str], None]
+    cohort: Cohort,
+    modality: Modality,
+    features: np.ndarray,
+    models: Iterable[str],
+    progress: Callable[[str], None],
 ) -> list[Result]:
     counts = cohort.scored.counts[modality.name].tocsr()
     known = (counts[cohort.train][:, features] > 0).toarray().astype(np.float32)
     positive = (counts[cohort.test][:, features] > 0).toarray()
     depth = metrics.depth_bins(cohort.scored.totals[modality.name][cohort.test])
     judge = _Areas(positive, depth, cohort.weights)
-    results = [
-        judge.result("student", "ours", [_predicted(cohort, modality, features, "student")]),
-        judge.result("random weights", "baseline", [_predicted(cohort, modality, features, "random")]),
-        judge.result("RNA depth alone", "baseline", [np.log1p(cohort.depth[1])[:, None]]),
-    ]
-    for name in ("mean of training cells", *FITTED):
+    found = []
+    for name in models:
         progress(name)
-        fits = (_fitted(cohort, known, name, "detection", seed) for seed in range(len(cohort.draws)))
-        results.append(judge.result(name, "baseline", fits))
-    return results
+        if name in TRANSLATED:
+            fits: Iterable[np.ndarray] = [_predicted(cohort, modality, features, TRANSLATED[name])]
+        elif name == "RNA depth alone":
+            fits = [np.log1p(cohort.depth[1])[:, None]]
+        else:
+            fits = (_fitted(cohort, known, name, "detection", seed) for seed in range(len(cohort.draws)))
+        found.append(judge.result(name, _kind(name), fits))
+    return found
 
 
 def _values(
-    cohort: Cohort, modality: Modality, features: np.ndarray, progress: Callable[[str], None]
+    cohort: Cohort,
+    modality: Modality,
+    features: np.ndarray,
+    models: Iterable[str],
+    progress: Callable[[str], None],
 ) -> list[Result]:
     counts = cohort.scored.counts[modality.name].tocsr()
     train, test = (
@@ -105,16 +130,20 @@ def _values(
             found["Pearson within label"] = metrics.pearson(guess, test, cohort.weights, labels)
         return found
 
-    results = []
-    for model, name in (("student", "student"), ("random weights", "random")):
-        counted = np.exp(np.minimum(_predicted(cohort, modality, features, name), 20))
-        kind: Kind = "ours" if name == "student" else "baseline"
-        results.append(averaged(model, kind, [judged(metrics.centred_log_ratio(np.log1p(counted)))]))
-    for name in ("mean of training cells", *FITTED):
+    found = []
+    for name in models:
         progress(name)
-        fits = [judged(_fitted(cohort, train, name, "value", seed)) for seed in range(len(cohort.draws))]
-        results.append(averaged(name, "baseline", fits))
-    return results
+        if name in TRANSLATED:
+            counted = np.exp(np.minimum(_predicted(cohort, modality, features, TRANSLATED[name]), 20))
+            fits = [judged(metrics.centred_log_ratio(np.log1p(counted)))]
+        else:
+            fits = [judged(_fitted(cohort, train, name, "value", seed)) for seed in range(len(cohort.draws))]
+        found.append(averaged(name, _kind(name), fits))
+    return found
+
+
+def _kind(model: str) -> Kind:
+    return "ours" if model == "student" else "baseline"
 
 
 def _predicted(cohort: Cohort, modality: Modality, features: np.ndarray, model: str) -> np.ndarray:

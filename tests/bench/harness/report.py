@@ -45,6 +45,8 @@ class Report:
         if quick:
             say(f"quick: {quick}; the same measurements as without --quick, noisier and on less")
         self.rows: list[Row] = []
+        self.beside: dict[str, object] = {}
+        """What more is written: settings, losses, all figures."""
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
@@ -61,7 +63,7 @@ class Report:
 
     def about(self) -> dict[str, object]:
         """What stands above the rows."""
-        return {"machine": machine()} | ({"quick": self.quick} if self.quick else {})
+        return {"machine": machine()} | ({"quick": self.quick} if self.quick else {}) | self.beside
 
 
 def line(row: Row) -> str:

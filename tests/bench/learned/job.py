@@ -4,19 +4,13 @@ FILE is JSON: what to do (`kind`), the simulation, the folder of the stores, the
 figures go. What has been done before is not done again.
 """
 
-import json
-import os
-import sys
-import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-SECONDS = 20.0
-"""Between two lines that say how far a stage is."""
-
+from tests.bench.harness.jobs import Cost, answer, losses_of, say
 
 CONTROL = "control"
 """The stage that is no part of a method, but there to compare with."""
@@ -25,65 +19,6 @@ CONTROL = "control"
 def method(spent: Mapping[str, float]) -> float:
     """CPU-seconds of all stages that make the teacher and the student."""
     return sum(seconds for name, seconds in spent.items() if name != CONTROL)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """CPU-seconds of the stages of a chain, kept in a file so that a chain that was cut short adds up."""
-
-    path: Path
-    label: str
-
-    def chain(self, run: Any) -> dict[str, float]:
-        """Train what is not trained yet; CPU-seconds of every stage, all threads."""
-        from cellray.train.chain import chain
-
-        spent: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        since, told = time.process_time(), time.monotonic()
-        worked: set[str] = set()
-
-        def hear(event: Mapping[str, Any]) -> None:
-            nonlocal since, told
-            name, now = event["stage"], time.process_time()
-            if "warning" in event:
-                say(f"{self.label}, {name}: {event['warning']}")
-            if "loss" in event.get("losses", {}) and time.monotonic() - told > SECONDS:
-                told = time.monotonic()
-                loss = event["losses"]["loss"]
-                say(f"{self.label}, {name}: step {event['step']} of {event['steps']}, loss {loss:.3f}")
-            if "finished" not in event:
-                worked.add(name)
-            if name in worked or name not in spent:  # else it was finished before, and is only loaded
-                spent[name] = spent.get(name, 0.0) + now - since
-            since = now
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(spent))
-            os.replace(part, self.path)
-
-        chain(run, hear)
-        return spent
-
-
-def say(text: str) -> None:
-    print(f"… {text}", file=sys.stderr, flush=True)
-
-
-def losses_of(run: Any) -> dict[str, dict[str, Any]]:
-    """Stage -> parts of the loss at the first step, and as the mean over the last tenth of the rows."""
-    from cellray.train import checkpoint
-
-    found = {}
-    for name in run.chain():
-        facts = checkpoint.committed(run.path("stages", name))
-        assert facts is not None
-        rows = [
-            {k: v for k, v in row.items() if k not in ("step", "gradient_norm")} for row in facts["curve"]
-        ]
-        end = rows[-max(1, len(rows) // 10) :]
-        last = {key: sum(row[key] for row in end) / len(end) for key in rows[-1]}
-        about = {key: facts[key] for key in ("steps", "cells", "tokens", "parameters")}
-        found[name] = {**about, "first": rows[0], "last": last}
-    return found
 
 
 def trained(job: Mapping[str, Any], material: Any) -> dict[str, Any]:
@@ -139,36 +74,19 @@ KINDS = {"train": trained, "calibrate": calibrated, "compare": compared}
 """What a job may be; besides `write`, which makes what the others read."""
 
 
-def _end_with(parent: int) -> None:
-    """End when the bench does, however it does: what was trained by then is in checkpoints."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def main() -> None:
-    import torch
-
+def main(job: dict[str, Any]) -> Mapping[str, Any]:
     from cellray.data.split import held_out
     from cellray.data.store import Store
     from cellray.data.truth import Simulation
     from tests.bench.learned.material import Material, write
 
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[1]).read_text())
     simulation, folder = Simulation(**job["simulation"]), Path(job["material"])
     if job["kind"] == "write":
-        found = write(folder, simulation)
-    else:
-        store = Store(str(folder / "true"))
-        test, _ = held_out(store.cells)
-        found = KINDS[job["kind"]](job, Material(simulation, store, test))
-    target = Path(job["figures"])
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, target)
+        return write(folder, simulation)
+    store = Store(str(folder / "true"))
+    test, _ = held_out(store.cells)
+    return KINDS[job["kind"]](job, Material(simulation, store, test))
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

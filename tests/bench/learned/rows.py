@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from tests.bench.harness.report import Report, Row
+from tests.bench.harness.report import Row
 
 Figures = Mapping[str, float]
 GAIN = 10.0
@@ -28,15 +27,6 @@ class Results:
     why_not: str = ""
     cpu: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Design -> CPU-seconds of training of each seed."""
-
-
-class LearningReport(Report):
-    """With what stands beside the rows: settings, losses and all figures of every seed."""
-
-    beside: dict[str, Any]
-
-    def about(self) -> dict[str, object]:
-        return super().about() | getattr(self, "beside", {})
 
 
 def rows(r: Results) -> list[Row]:
