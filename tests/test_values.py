@@ -98,7 +98,8 @@ def test_scaled_counts_are_read_as_they_always_were():
     codes, weights = reading.read(tokens, torch.tensor(2.0))
     wanted = torch.where(tokens.hidden, 0.0, tokens.values / 2)
     assert torch.equal(weights, wanted)
-    assert torch.equal(reading(codes), reading[2](reading[1](reading[0](wanted[:, None]))))
+    plain = reading[2](reading[1](reading[0](wanted[:, None])))  # of few rows, which round as they like
+    torch.testing.assert_close(reading(codes), plain, atol=1e-6, rtol=1e-5)
     assert set(Scaled(32).state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
