@@ -1,10 +1,8 @@
 """Genomic intervals: peak names read, chromosomes in one spelling, BED files."""
 
 import csv
-import gzip
 import io
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cellray.data import storage
+from cellray.data.plain import read_plain
 
 MAPPED, NO_INTERVAL, EMPTY_INTERVAL = range(3)
 """What a peak name is; `cellray.data.peaks.REASONS` goes on from here."""
@@ -91,7 +89,13 @@ def read_bed(url: str) -> pd.DataFrame:
     naming file and line, for a line that is no interval with a base in it, and for a file that is
     missing, empty, damaged or no text.
     """
-    data = _unpacked(url)
+    data = read_plain(
+        url,
+        most=MOST,
+        setting="ingest.peaks",
+        wanted="bins:SIZE or the URL of a BED file",
+        kind="list of elements",
+    )
     columns = ["contig", "start", "end"]
     try:
         table = pd.read_csv(
@@ -128,21 +132,3 @@ def read_bed(url: str) -> pd.DataFrame:
     if not len(table):
         raise ValueError(f"{url} has no elements; it should have a line for each")
     return places.astype(np.int64).assign(contig=table["contig"].cat.remove_unused_categories())
-
-
-def _unpacked(url: str) -> bytes:
-    try:
-        data = storage.read_bytes(url)
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(
-            f"ingest.peaks: there is no file {url}. Give bins:SIZE or the URL of a BED file."
-        ) from None
-    if data[:2] == b"\x1f\x8b":
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read(MOST + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{url} is a damaged gzip file: {error}") from error
-    if len(data) > MOST:
-        raise ValueError(f"{url} has more than {MOST:,} bytes, unpacked: it is no list of elements")
-    return data

@@ -3,18 +3,16 @@
 A programme is any set of genes: a pathway, the targets of a transcription factor, a marker list.
 """
 
-import gzip
 import io
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from cellray.data import storage
 from cellray.data.intervals import MAPPED, intervals
 from cellray.data.modalities import normalise_names
+from cellray.data.plain import read_plain
 from cellray.data.tokens import Vocabulary
 
 MOST = 1 << 28
@@ -137,7 +135,13 @@ def read_gmt(url: str) -> dict[str, tuple[str, ...]]:
     and for a file that is missing, empty, damaged or no text.
     """
     try:
-        text = _unpacked(url).decode("utf-8-sig")
+        text = read_plain(
+            url,
+            most=MOST,
+            setting="unimodal.programmes",
+            wanted="the path or URL of a .gmt file",
+            kind="list of gene sets",
+        ).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{url} is no .gmt file: {error}. Give a text file of gene sets.") from error
     found: dict[str, tuple[str, ...]] = {}
@@ -161,21 +165,3 @@ def read_gmt(url: str) -> dict[str, tuple[str, ...]]:
     if not found:
         raise ValueError(f"{url} has no gene sets; it should have a line for each")
     return found
-
-
-def _unpacked(url: str) -> bytes:
-    try:
-        data = storage.read_bytes(url)
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(
-            f"unimodal.programmes: there is no file {url}. Give the path or URL of a .gmt file."
-        ) from None
-    if data[:2] == b"\x1f\x8b":
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read(MOST + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{url} is a damaged gzip file: {error}") from error
-    if len(data) > MOST:
-        raise ValueError(f"{url} has more than {MOST:,} bytes, unpacked: it is no list of gene sets")
-    return data
