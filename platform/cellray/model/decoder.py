@@ -67,7 +67,12 @@ class Decoder(nn.Module):
         if log_depth is None:
             log_depth = self.log_depth(cell)
         offset = self.slope * (log_depth - self.reference)
-        return F.linear(self.leave(F.gelu(self.enter(cell))), feature, bias) + offset[:, None]
+        return F.linear(self.direction(cell), feature, bias) + offset[:, None]
+
+    def direction(self, cell: Tensor) -> Tensor:
+        """What the vectors of features are multiplied with, [cells, width]."""
+        found: Tensor = self.leave(F.gelu(self.enter(cell)))
+        return found
 
     def log_depth(self, cell: Tensor) -> Tensor:
         """Predicted log(1 + total) of each cell, [cells]."""

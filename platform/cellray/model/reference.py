@@ -207,16 +207,9 @@ class LinearDecoder(Decoder):
         self.depth.bias.add_(self.depth.weight @ middle)
         self.depth.weight.mul_(spread)
 
-    def forward(self, cell: Tensor, ids: Tensor | None = None, log_depth: Tensor | None = None) -> Tensor:
-        """As `Decoder.forward`."""
-        feature: Tensor = self.feature.weight
-        bias: Tensor = self.bias
-        if ids is not None:
-            feature, bias = feature[ids], bias[ids]
-        if log_depth is None:
-            log_depth = self.log_depth(cell)
-        offset = self.slope * (log_depth - self.reference)
-        return F.linear(cell, feature, bias) + offset[:, None]
+    def direction(self, cell: Tensor) -> Tensor:
+        """The cell vector itself."""
+        return cell
 
 
 def _decoders(modalities: Mapping[str, tuple[Modality, int]], width: int) -> nn.ModuleDict:
