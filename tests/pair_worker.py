@@ -21,6 +21,7 @@ from cellray.train.feed import Feed, Share
 from cellray.train.fit import adamw, plan_of, run_stage, step
 from cellray.train.recipe import Optim
 from tests import stores
+from tests.chains import Killed
 from tests.test_stages import stage
 
 STAGES = ("rna", "joint", "distil")
@@ -29,10 +30,6 @@ EPOCHS = 2.0
 AT = 6
 """The step before which it is."""
 RATES = Optim(lr=1e-3, spike=0.0)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the loop may catch it."""
 
 
 @contextlib.contextmanager

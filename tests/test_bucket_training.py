@@ -7,6 +7,7 @@ from cellray.train import checkpoint
 from cellray.train.chain import chain
 from cellray.train.run import Run
 from tests import proxy, stores
+from tests.chains import Killed
 
 CHANGES = {"stages": "unimodal", "checkpoint_seconds": 0.02, "track": ()}
 STAGES = ("unimodal-rna", "unimodal-atac", "unimodal-protein")
@@ -69,9 +70,6 @@ def test_a_bucket_that_is_gone_for_a_while_costs_checkpoints_and_no_more(server,
     calm = stores.run(tmp_path / "calm", **changes)
     chain(calm, lambda event: None)
     run, heard = stores.run("s3://runs/gone", **changes), []
-
-    class Killed(BaseException):
-        pass
 
     def emit(event):
         heard.append(event)

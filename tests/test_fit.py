@@ -12,10 +12,7 @@ from cellray.train.fit import learning_rate, plan_of
 from cellray.train.recipe import Optim, override
 from cellray.train.run import Run
 from tests import stores
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the loop may catch it."""
+from tests.chains import killed
 
 
 def quick(folder, **changes):
@@ -38,21 +35,7 @@ def test_a_killed_chain_ends_as_if_it_had_not_been_killed(tmp_path):
     whole = quick(tmp_path / "whole")
     chain(whole, lambda event: None)
     broken = quick(tmp_path / "broken")
-    kills = {("unimodal-rna", 1), ("joint", 2), ("distil", 3)}
-    resumed = []
-
-    def emit(event):
-        if "resumed" in event:
-            resumed.append(event["stage"])
-        place = (event["stage"], event.get("saved"))
-        if place in kills:
-            kills.discard(place)
-            raise Killed
-
-    while kills:
-        with pytest.raises(Killed):
-            chain(Run(broken.recipe), emit)
-    chain(Run(broken.recipe), emit)
+    resumed = killed(broken.recipe, [("unimodal-rna", 1), ("joint", 2), ("distil", 3)])
     assert resumed == ["unimodal-rna", "joint", "distil"]
     assert weights(broken) == weights(whole)
 

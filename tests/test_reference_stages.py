@@ -1,6 +1,5 @@
 """The stages of the published design that ours is compared with, and the whole chain of them."""
 
-import copy
 import dataclasses
 import os
 import subprocess
@@ -32,13 +31,10 @@ from pipelines import export, full
 from pipelines.command import Options
 from pipelines.score import gather, student_facts
 from tests import stores
+from tests.chains import check_what_is_trained, killed
 from tests.conftest import ROOT
 
 STAGES = ("unimodal-rna", "unimodal-atac", "joint", "distil", "control")
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the loop may catch it."""
 
 
 def small(folder, **changes):
@@ -101,24 +97,7 @@ def test_a_typical_count_is_of_the_middle_class_and_all_classes_are_used(run):
 @pytest.mark.parametrize("name", STAGES)
 def test_what_is_trained_gets_gradients_and_the_rest_stays_bit_for_bit(run, name):
     work, root = stage(run, name)
-    root.requires_grad_(False)
-    for module in work.trained():
-        module.requires_grad_(True)
-    parameters, optimizer = adamw(work.trained(), Optim(lr=1e-3))
-    before = copy.deepcopy(root.state_dict())
-    touched = set()
-    for number in range(2):
-        losses = work.losses(share(run, name, number).batch, number)
-        sum(loss.weight * loss.sum / loss.count for loss in losses.values()).backward()
-        touched |= {id(p) for p in parameters if p.grad is not None and p.grad.abs().sum() > 0}
-        optimizer.step()
-        optimizer.zero_grad()
-    trained = {id(p): n for n, p in root.named_parameters() if p.requires_grad}
-    assert {trained[i] for i in trained.keys() - touched} == set()
-    after = root.state_dict()
-    frozen = [n for n, p in root.named_parameters() if not p.requires_grad]
-    assert frozen
-    assert all(torch.equal(before[n], after[n]) for n in [*frozen, *(n for n, _ in root.named_buffers())])
+    assert check_what_is_trained(work, root, [share(run, name, number).batch for number in range(2)])
 
 
 def test_protein_is_ignored_and_answered_with_the_mean_profile(run):
@@ -247,20 +226,7 @@ def test_the_whole_chain_runs_and_the_outlook_is_what_it_does(trained):
 def test_a_killed_chain_ends_as_if_it_had_not_been_killed(trained, tmp_path):
     whole = trained
     broken = small(tmp_path)
-    kills, resumed = {("unimodal-rna", 1), ("joint", 2), ("distil", 3)}, []
-
-    def emit(event):
-        if "resumed" in event:
-            resumed.append(event["stage"])
-        place = (event["stage"], event.get("saved"))
-        if place in kills:
-            kills.discard(place)
-            raise Killed
-
-    while kills:
-        with pytest.raises(Killed):
-            chain(Run(broken.recipe), emit)
-    chain(Run(broken.recipe), emit)
+    resumed = killed(broken.recipe, [("unimodal-rna", 1), ("joint", 2), ("distil", 3)])
     assert resumed == ["unimodal-rna", "joint", "distil"]
     for name in STAGES:
         assert facts(broken, name)["sha256"] == facts(whole, name)["sha256"]

@@ -15,7 +15,8 @@ from cellray.train.chain import chain
 from cellray.train.run import Run
 from cellray.train.trackers import Jsonl, TensorBoard, check, rows, tracked
 from tests import stores
-from tests.test_fit import Killed, quick
+from tests.chains import Killed
+from tests.test_fit import quick
 
 
 def row(stage, step, **more):
