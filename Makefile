@@ -30,7 +30,7 @@ serve: install ## answer with the model in BUNDLE=PATH on http://127.0.0.1:8000,
 	RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 \
 	$(BIN)/serve run serve.app:build bundle="$(BUNDLE)"
 
-test: lint ## lint, types and the fast tests, under ten minutes
+test: lint ## lint, types and the fast tests, a quarter of an hour or more
 	$(BIN)/python -m pytest
 
 test-slow: install ## the whole fault matrix and the long learning runs
