@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +77,7 @@ def gather(run: Any) -> Any:
     import torch
 
     from cellray.embedder import vectors
-    from cellray.tasks.inputs import Scored
+    from cellray.tasks.inputs import Scored, Translate
     from cellray.train.targets import TeacherVectors, read_table
 
     store, recipe = run.store, run.recipe
@@ -94,12 +93,14 @@ def gather(run: Any) -> Any:
     embeddings = {name: vectors(student, tokenizer, rna) for name, student in students.items()}
     embeddings["teacher"] = teacher.joint[torch.from_numpy(rows)].numpy()
 
-    def translate(name: str) -> Callable[[str, np.ndarray, np.ndarray], np.ndarray]:
-        def decode(modality: str, cells: np.ndarray, features: np.ndarray) -> np.ndarray:
+    def translate(name: str) -> Translate:
+        def decode(modality: str, cells: np.ndarray, features: np.ndarray, level: bool) -> np.ndarray:
+            decoder = students[name].decoder(modality)
             with torch.inference_mode():
                 cell = torch.from_numpy(embeddings[name][cells])
                 ids = torch.from_numpy(np.asarray(features, np.int64))
-                return np.asarray(students[name].decoder(modality)(cell, ids).numpy())
+                depth = decoder.reference.expand(len(cell)) if level else None
+                return np.asarray(decoder(cell, ids, depth).numpy())
 
         return decode
 

@@ -62,8 +62,8 @@ def made(*, number=700, donors=5, unit="donor", seed=0, **changes):
             "random": noise[3].astype(np.float32),
         },
         "translate": {
-            "student": lambda m, rows, features: good[m][np.ix_(rows, features)],
-            "random": lambda m, rows, features: np.tile(logits[m][features], (len(rows), 1)),
+            "student": lambda m, rows, features, level: good[m][np.ix_(rows, features)],
+            "random": lambda m, rows, features, level: np.tile(logits[m][features], (len(rows), 1)),
         },
         "targets": pd.DataFrame({"cell_id": frame["cell_id"], "state": state}),
     }

@@ -90,7 +90,7 @@ def test_both_kinds_are_compared_and_one_is_scored(run, scored):
     for kind, own in {said["kind"]: scored, other: gather(asking(run, other))}.items():
         student = run.trained_student("distil" if kind == "mlp" else "distil-transformer")
         assert np.array_equal(own.embeddings["student"], vectors(student, run.tokenizer, counts))
-        assert own.translate["student"]("atac", np.arange(3), np.arange(4)).shape == (3, 4)
+        assert own.translate["student"]("atac", np.arange(3), np.arange(4), False).shape == (3, 4)
     sizes = student_facts(run)
     passed = sum(p.numel() for m in student.path() for p in m.parameters())
     assert (sizes["kind"], sizes["parameters"]) == (other, passed)

@@ -74,6 +74,28 @@ def test_a_student_that_predicts_the_truth_beats_the_baselines(rows):
     assert values(rows, "RNA to protein", "Pearson")["ridge on PCA"] > 0.3
 
 
+def test_at_one_depth_no_guess_of_the_depth_is_scored():
+    plain = made()
+    guess, told = np.random.default_rng(0).normal(size=(700, 1)), plain.translate["student"]
+
+    def translate(modality, rows, features, level):
+        return told(modality, rows, features, level) + (0 if level else 50 * guess[rows])
+
+    scored = made(translate={**plain.translate, "student": translate})
+    atac = plain.modalities[1]
+    models = ("student", "RNA depth alone", "ridge on PCA", "MLP")
+    found = translation.results(cohort_of(scored, plain.paired("paired", "atac")), atac, 40, models, quiet)
+    adjusted, level = (
+        {result.model: result.values[metric][0] for result in found}
+        for metric in ("AUROC, depth-adjusted", "AUROC at one depth")
+    )
+    assert level["student"] == 1
+    assert adjusted["student"] < 0.7
+    assert level["RNA depth alone"] == 0.5 != adjusted["RNA depth alone"]
+    assert level["ridge on PCA"] == adjusted["ridge on PCA"]
+    assert 0.55 < level["MLP"] != adjusted["MLP"]
+
+
 def test_what_rna_does_not_know_is_not_predicted_within_label(rows):
     within = values(rows, "RNA to protein", "Pearson within label")
     assert within["student"] > 0.95

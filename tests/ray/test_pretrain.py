@@ -111,7 +111,7 @@ def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path
     reached = checkpoint.steps(folder)[-1]
     assert not storage.exists(str(tmp_path / "stages" / "joint" / "stage.json"))
 
-    second = command(tmp_path, *settings(tmp_path))
+    second = command(tmp_path, *settings(tmp_path, {"checkpoint_seconds": 60}))
     said, _ = second.communicate(timeout=250)
     assert second.returncode == 0, said
     assert "unimodal-rna: was finished before" in said

@@ -22,10 +22,11 @@ COMPONENTS = 50
 """Principal components of the baselines."""
 COLUMNS = ("cell_id", "dataset", "donor", "batch", "label", "test")
 
-Translate = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
-"""(modality, rows, features) -> predictions [rows, features]. `rows` index `Scored.cells`.
+Translate = Callable[[str, np.ndarray, np.ndarray, bool], np.ndarray]
+"""(modality, rows, features, level) -> predictions [rows, features]. `rows` index `Scored.cells`.
 
-Logits of detection for a Bernoulli modality, log expected counts for any other.
+Logits of detection for a Bernoulli modality, log expected counts for any other; of each cell as deep
+as the model thinks it is, or with `level` as if all cells were equally deep.
 """
 
 

@@ -9,7 +9,7 @@ from cellray.tasks import baselines, metrics, networks
 from cellray.tasks.inputs import Cohort
 from cellray.tasks.rows import Kind, Result, Row, averaged, refused, rows
 
-DETECTION = ("AUROC", "AUROC, depth-adjusted", "AUROC per cell")
+DETECTION = ("AUROC", "AUROC, depth-adjusted", "AUROC at one depth", "AUROC per cell")
 VALUES = ("Pearson", "Pearson within label")
 FITTED = ("ridge on PCA", "kNN on PCA", "MLP")
 TRANSLATED = {"student": "student", "random weights": "random"}
@@ -43,10 +43,11 @@ def not_run(dataset: str, modality: Modality, reason: str) -> list[Row]:
 def translation(cohort: Cohort, modality: Modality, most: int, progress: Callable[[str], None]) -> list[Row]:
     """Rows of the student's decoder and the baselines, on the `most` commonest features.
 
-    Peaks: is a peak counted in a cell, by area under the ROC curve over cells, also among cells
-    of like ATAC depth only, and over the peaks of a cell. Others: centred log ratios by Pearson
-    correlation over cells, also within labels. The student and its copy with random weights are
-    one fit each; the baselines are the mean over the draws.
+    Peaks: is a peak counted in a cell, by area under the ROC curve over cells; also among cells
+    of like ATAC depth only, of the same predictions and of those for cells that are all equally
+    deep in RNA and ATAC, where a model can tell; and over the peaks of a cell. Others: centred log
+    ratios by Pearson correlation over cells, also within labels. The student and its copy with random
+    weights are one fit each; the baselines are the mean over the draws.
     """
     features = _features(cohort, modality, most)
     if not len(features):
@@ -98,10 +99,14 @@ def _detection(
     found = []
     for name in models:
         progress(name)
+        fits: Iterable[np.ndarray]
         if name in TRANSLATED:
-            fits: Iterable[np.ndarray] = [_predicted(cohort, modality, features, TRANSLATED[name])]
+            own = TRANSLATED[name]
+            both = [_predicted(cohort, modality, features, own, level=level) for level in (False, True)]
+            fits = [np.stack(both)]
         elif name == "RNA depth alone":
-            fits = [np.log1p(cohort.depth[1])[:, None]]
+            depths = np.log1p(cohort.depth[1])
+            fits = [np.stack([depths, np.zeros_like(depths)])[:, :, None]]
         else:
             fits = (_fitted(cohort, known, name, "detection", seed) for seed in range(len(cohort.draws)))
         found.append(judge.result(name, _kind(name), fits))
@@ -134,10 +139,13 @@ def _values(
     for name in models:
         progress(name)
         if name in TRANSLATED:
-            counted = np.exp(np.minimum(_predicted(cohort, modality, features, TRANSLATED[name]), 20))
+            counted = np.exp(
+                np.minimum(_predicted(cohort, modality, features, TRANSLATED[name], level=False), 20)
+            )
             fits = [judged(metrics.centred_log_ratio(np.log1p(counted)))]
         else:
-            fits = [judged(_fitted(cohort, train, name, "value", seed)) for seed in range(len(cohort.draws))]
+            seeds = range(len(cohort.draws))
+            fits = [judged(_fitted(cohort, train, name, "value", seed)[0]) for seed in seeds]
         found.append(averaged(name, _kind(name), fits))
     return found
 
@@ -146,53 +154,66 @@ def _kind(model: str) -> Kind:
     return "ours" if model == "student" else "baseline"
 
 
-def _predicted(cohort: Cohort, modality: Modality, features: np.ndarray, model: str) -> np.ndarray:
-    guess = cohort.scored.translate[model](modality.name, cohort.test, features)
+def _predicted(
+    cohort: Cohort, modality: Modality, features: np.ndarray, model: str, *, level: bool
+) -> np.ndarray:
+    guess = cohort.scored.translate[model](modality.name, cohort.test, features, level)
     assert guess.shape == (len(cohort.test), len(features)), guess.shape
     return np.asarray(guess, np.float32)
 
 
 def _fitted(cohort: Cohort, known: np.ndarray, name: str, loss: str, seed: int) -> np.ndarray:
-    """Predictions [held-out cells, features] of a baseline that learnt `known` of the training cells."""
+    """Predictions [2, held-out cells, features] of a baseline that learnt `known` of the training cells.
+
+    First of the cells as they are, then as if all were of the mean depth; only the MLP is told of it.
+    """
     draw = cohort.draws[seed]
     train, test = cohort.components
+    if name == "MLP":
+        depth = [np.log1p(total).astype(np.float32)[:, None] for total in cohort.depth]
+        level = np.full_like(depth[1], depth[0].mean())
+        inputs = np.hstack([train, depth[0]])
+        asked = np.vstack([np.hstack([test, depth[1]]), np.hstack([test, level])])
+        said = networks.mlp(inputs, known, draw, asked, outputs=known.shape[1], loss=loss, seed=seed)
+        return said.reshape(2, len(test), -1)
     if name == "mean of training cells":
-        return np.tile(known[draw].mean(axis=0), (len(test), 1))
-    if name == "ridge on PCA":
-        return baselines.ridge(train[draw], known[draw], test)
-    if name == "kNN on PCA":
+        guess = np.tile(known[draw].mean(axis=0), (len(test), 1))
+    elif name == "ridge on PCA":
+        guess = baselines.ridge(train[draw], known[draw], test)
+    else:
         own = known[draw]
         near = baselines.neighbours(train[draw], test)
-        return np.asarray(sum(own[near[:, k]] for k in range(near.shape[1])) / near.shape[1])
-    depth = [np.log1p(total).astype(np.float32)[:, None] for total in cohort.depth]
-    inputs, asked = np.hstack([train, depth[0]]), np.hstack([test, depth[1]])
-    return networks.mlp(inputs, known, draw, asked, outputs=known.shape[1], loss=loss, seed=seed)
+        guess = np.asarray(sum(own[near[:, k]] for k in range(near.shape[1])) / near.shape[1])
+    return np.broadcast_to(guess, (2, *guess.shape))
 
 
 class _Areas:
     """Areas under the ROC curve against the detections of the held-out cells."""
 
     def __init__(self, positive: np.ndarray, depth: np.ndarray, weights: np.ndarray) -> None:
-        self.positive, self.depth, self.weights = positive, depth, weights
-        self.together = np.zeros(len(positive), np.int64)
-        self.made = [metrics.trials(positive, bins) for bins in (self.together, depth)]
+        self.positive, self.weights = positive, weights
+        together = np.zeros(len(positive), np.int64)
+        self.ways = ((0, together), (0, depth), (1, depth))
+        """Which of a fit's predictions are ranked, within which bins: the first metrics of DETECTION."""
+        self.made = [metrics.trials(positive, bins) for bins in (together, depth)]
+        self.made.append(self.made[1])
 
     def result(self, model: str, kind: Kind, fits: Iterable[np.ndarray]) -> Result:
-        """Ranks every fit, averages over the fits, and resamples once."""
+        """Ranks every fit [2, held-out cells, features], averages over the fits, and resamples once."""
         right = [np.zeros(self.positive.shape, np.float32) for _ in self.made]
         cells = np.zeros(len(self.positive))
         seeds = 0
         for fit in fits:
-            scores = np.broadcast_to(np.asarray(fit, np.float32), self.positive.shape)
-            for sum_, bins in zip(right, (self.together, self.depth), strict=True):
-                sum_ += metrics.wins(scores, self.positive, bins)
-            cells += metrics.auroc_of_cells(scores, self.positive)
+            scores = np.broadcast_to(np.asarray(fit, np.float32), (2, *self.positive.shape))
+            for sum_, (level, bins) in zip(right, self.ways, strict=True):
+                sum_ += metrics.wins(scores[level], self.positive, bins)
+            cells += metrics.auroc_of_cells(scores[0], self.positive)
             seeds += 1
-        plain, adjusted = (
+        areas = (
             metrics.auroc(sum_ / seeds, made, self.positive, self.weights)
             for sum_, made in zip(right, self.made, strict=True)
         )
+        values = dict(zip(DETECTION, areas, strict=False))
         able = np.isfinite(cells)
-        values = {DETECTION[0]: plain, DETECTION[1]: adjusted}
-        values[DETECTION[2]] = metrics.mean(cells[able] / seeds, self.weights[:, able])
+        values[DETECTION[-1]] = metrics.mean(cells[able] / seeds, self.weights[:, able])
         return Result(model, kind, values, seeds)

@@ -121,7 +121,7 @@ class Bench:
         return float(metrics.pearson(guess, truth, weights, self.kinds(test))[0])
 
 
-def _nothing(modality: str, rows: np.ndarray, features: np.ndarray) -> np.ndarray:
+def _nothing(modality: str, rows: np.ndarray, features: np.ndarray, level: bool) -> np.ndarray:
     raise AssertionError("the baselines ask no model")
 
 
