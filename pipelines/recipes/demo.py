@@ -14,7 +14,7 @@ def recipe() -> Recipe:
         run="runs/demo",
         ingest=Ingest(unit_cells=1024, shard_bytes=1 << 20),
         network=replace(base.network, width=64, heads=2),
-        student=replace(base.student, hidden=128),
+        student=replace(base.student, hidden=128, blocks=2),
         unimodal=replace(base.unimodal, epochs=8.0),
         joint=replace(base.joint, epochs=10.0, match=0.2, others=1.0),
         distil=replace(base.distil, epochs=12.0),
