@@ -129,7 +129,7 @@ def test_data_and_what_help_needs_do_not_import_torch():
             ),
         ),
         (
-            ["ray"],
+            ["ray", "torch._dynamo"],
             lambda name: name.partition(".")[2] in ("answers", "bundle", "cli", "client", "embedder"),
         ),
         (["ray"], lambda name: name.startswith(("cellray.model", "cellray.tasks"))),

@@ -58,7 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | Packed | None) ->
     if not isinstance(where, Packed):
         return _scaled(q, k, v, None if where is None else where[:, None, None, :])
     if not where.flash:
-        return _by_length(q, k, v, where.offsets)
+        return _apart(q, k, v, where.offsets)
     from torch.nn.attention.varlen import varlen_attn  # its import takes a second; since torch 2.10
 
     mixed = varlen_attn(q, k, v, where.offsets, where.offsets, where.longest, where.longest)
@@ -66,7 +66,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Tensor | Packed | None) ->
     return mixed
 
 
-@torch.compiler.disable  # its shapes are another batch's every time
 def _by_length(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     """One call for each run of cells of the same length, which costs least if cells are sorted by it."""
     runs = [(length, len(list(run))) for length, run in itertools.groupby(offsets.diff().tolist())]
@@ -76,6 +75,18 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
         a, b, c = (part.unflatten(0, (cells, -1)) for part in parts)
         found.append(_scaled(a, b, c, None).flatten(0, 1))
     return torch.cat(found)
+
+
+_apart = _by_length
+
+
+def uncompiled() -> None:
+    """Have torch.compile leave `_by_length` as it is: its shapes are another batch's every time.
+
+    No decorator says so: that imports the compiler, a second of every process that embeds some cells.
+    """
+    global _apart
+    _apart = torch.compiler.disable(_by_length)
 
 
 def _scaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from cellray.model.attention import (
     groups,
     spans,
     steady,
+    uncompiled,
 )
 from cellray.model.blocks import Block
 from cellray.model.values import ENCODINGS
@@ -116,6 +117,7 @@ def _layer(layer: Layer, x: Tensor, where: Tensor | Packed | None) -> Tensor:
 @functools.cache
 def _compiled() -> Callable[[Layer, Tensor, Tensor | Packed | None], Tensor]:
     """One function for the layers of all encoders, so that it is compiled once, for all lengths."""
+    uncompiled()
     return torch.compile(_layer, dynamic=True)
 
 
