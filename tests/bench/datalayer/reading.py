@@ -22,6 +22,8 @@ from tests.bench.harness.venvs import Environment
 RATE = "cells/CPU-s"
 DRIVERS = "tests.bench.drivers."
 TRAIN = "feed in a Ray Train worker / bare"
+LEFT_OUT = {"train": TRAIN, "vocabulary": "feed, RNA + many peaks / RNA + 120,000"}
+"""What there would be in the table of the sections that may be left out."""
 
 
 @dataclass(frozen=True)
