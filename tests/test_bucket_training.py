@@ -58,10 +58,14 @@ def test_failing_requests_cost_no_step(server, tmp_path):
 
 @pytest.mark.slow
 def test_many_failing_requests_cost_no_step(server, tmp_path):
-    events, plan, calm, found = rough(server, tmp_path, epochs=60.0, share=0.4, name="heavy")
-    assert plan.injected.total() > 200
-    print(plan.requests, plan.injected, sum("saved" in event for event in events))
-    assert found == calm
+    injected = runs = 0
+    while injected <= 200:  # how often a run saves, and so how much can fail, depends on the machine
+        name = f"heavy-{runs}"
+        events, plan, calm, found = rough(server, tmp_path / name, epochs=60.0, share=0.4, name=name)
+        print(plan.requests, plan.injected, sum("saved" in event for event in events))
+        assert plan.injected.total() > 3
+        assert found == calm
+        injected, runs = injected + plan.injected.total(), runs + 1
 
 
 def test_a_bucket_that_is_gone_for_a_while_costs_checkpoints_and_no_more(server, tmp_path, monkeypatch):
