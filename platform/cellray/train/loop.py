@@ -40,11 +40,12 @@ class Board:
     def push(self, event: Event) -> None:
         """Note an event, and when it was heard of: seconds since 1970 by this machine's clock."""
         self.events.append({**event, "at": time.time()})
-        if "saved" in event:
-            self.gains.add((event["stage"], event["saved"]))
+        for name in ("saved", "resumed"):  # who is killed when a checkpoint is written tells of it no more
+            if name in event:
+                self.gains.add((event["stage"], event[name]))
 
     def gained(self) -> int:
-        """Checkpoints of which there was none before."""
+        """Checkpoints that were written, or gone on from, and not heard of before."""
         return len(self.gains)
 
     def take(self) -> list[Event]:
