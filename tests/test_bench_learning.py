@@ -255,7 +255,12 @@ def test_what_is_there_is_not_done_again_and_other_settings_are_another_run(tmp_
     assert len(set(started)) == 3
     Runs(tmp_path, {"cells": 600}, quick=False).train("ours", 0)
     assert len(set(started)) == 4
-    assert len(list(tmp_path.glob("ours-0-*"))) == 1
+    runs.train("ours", 0)  # nor is it for what was done in between
+    assert len(started) == 4
+    monkeypatch.setattr("tests.bench.learning.code", lambda folders: "other")
+    runs.train("ours", 0)
+    assert len(set(started)) == 5
+    assert len(list(tmp_path.glob("ours-0-*"))) == 1, "what other code came to is not kept"
 
 
 def test_stretched_epochs_are_those_of_every_stage():

@@ -211,14 +211,14 @@ class Runs:
         return True
 
     def _run(self, name: str, recipe: "Recipe", job: Mapping[str, Any]) -> dict[str, Any]:
-        """What a run came to. Runs of that name with other settings or other code are removed."""
+        """What a run came to. Runs of that name by other code are removed."""
         from cellray.train.recipe import to_json
 
-        mark = hashed(to_json(recipe), code(TRAINING))
+        settings, own = hashed(to_json(recipe)), code(TRAINING)
         for old in self.folder.glob(f"{name}-*"):
-            if old.name != f"{name}-{mark}":
+            if not old.name.endswith(own):
                 shutil.rmtree(old)
-        folder = self.folder / f"{name}-{mark}"
+        folder = self.folder / f"{name}-{settings}-{own}"
         recipe = replace(recipe, run=str(folder))
         return self._once(folder / f"figures-{code(MEASURING)}.json", {**job, "recipe": to_json(recipe)})
 
