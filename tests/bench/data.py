@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from tests.bench.harness.report import Report
 
 SECTIONS = ("ingest", "feed", "tokenizers", "vocabulary", "train", "memory")
-SLOW = ("vocabulary", "train")
-"""What --quick leaves out: one takes two atlases more, the other a third Ray."""
 OTHERS = ("annbatch", "huggingface", "webdataset", "ray", "scdataset")
 
 
@@ -66,10 +64,11 @@ def main() -> int:
     others = [name for name in options.only if name in OTHERS]
     sections = [name for name in SECTIONS if name in options.only or (name == "feed" and others)]
     if not sections:
-        sections = [name for name in SECTIONS if name not in SLOW or not options.quick]
-        for name in SLOW if options.quick else ():
+        left_out = reading.LEFT_OUT if options.quick else {}
+        sections = [name for name in SECTIONS if name not in left_out]
+        for name, what in left_out.items():
             why = f"left out: it takes too long; run without --quick, or with --quick --only {name}"
-            report.add(Row(what=reading.LEFT_OUT[name], value=None, unit="times", goal=0.9, note=why))
+            report.add(Row(what=what, value=None, unit="times", goal=0.9, note=why))
     try:
         if "ingest" in sections:
             assert material.ray  # it starts while files are written

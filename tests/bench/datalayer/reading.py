@@ -23,7 +23,7 @@ RATE = "cells/CPU-s"
 DRIVERS = "tests.bench.drivers."
 TRAIN = "feed in a Ray Train worker / bare"
 LEFT_OUT = {"train": TRAIN, "vocabulary": "feed, RNA + many peaks / RNA + 120,000"}
-"""What there would be in the table of the sections that may be left out."""
+"""Sections that --quick leaves out, as one takes a third Ray and the other two atlases more; their rows."""
 
 
 @dataclass(frozen=True)

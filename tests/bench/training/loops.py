@@ -44,9 +44,9 @@ class Size:
     settings: tuple[str, ...]
 
 
-SMALL = Size("recipe small, 128 wide, 2 layers, 32 tokens attended", ())
+SMALL = Size("recipe small, 32 tokens attended", ())
 LONG = Size(
-    "128 wide, 2 layers, 512 tokens attended",
+    "recipe small with 512 tokens attended",
     ("modalities.rna.context=512", "feed.tokens=32768"),
 )
 
