@@ -213,7 +213,7 @@ class _Areas:
             metrics.auroc(sum_ / seeds, made, self.positive, self.weights)
             for sum_, made in zip(right, self.made, strict=True)
         )
-        values = dict(zip(DETECTION, areas, strict=False))
+        values = dict(zip(DETECTION[:-1], areas, strict=True))
         able = np.isfinite(cells)
         values[DETECTION[-1]] = metrics.mean(cells[able] / seeds, self.weights[:, able])
         return Result(model, kind, values, seeds)
