@@ -12,6 +12,8 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
+from cellray import heap
+
 Call = Callable[[], None]
 ENDED = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 """What Ray says of a process that did not return."""
@@ -85,6 +87,7 @@ def _outcome(index: int, call: Call) -> list[pa.Table]:
 
     As a value, because Ray would wrap an error that is raised in its own words.
     """
+    heap.keep()
     error = ""
     try:
         call()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cellray import heap
 from cellray.train import lease, trackers, watchdog, workers
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
@@ -122,6 +123,7 @@ def worker(config: dict[str, Any]) -> None:
     board, recipe = config["board"], from_json(config["recipe"])
     if ray.get(board.stopped.remote()):
         return
+    heap.keep()
     torch.set_num_threads(recipe.threads)
     device = str(ray.train.torch.get_device())
 

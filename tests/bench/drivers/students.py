@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cellray import heap
 from cellray.data.store import Store
 from cellray.train.batches import plain_tokens, present
 from cellray.train.feed import Feed
@@ -86,6 +87,7 @@ def embedded(run: Run, way: str) -> Iterator[Delivery]:
 
 def main() -> None:
     way, store, folder, name, *words = sys.argv[1:]
+    heap.keep()  # as workers do
     torch.set_num_threads(1)
     run = Run(recipe(store, folder, words))
     with precision(name):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cellray import cluster
+from cellray import cluster, heap
 from cellray.train import stages
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
@@ -194,6 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.cores:
         os.sched_setaffinity(0, {options.cores[options.rank]})
+    heap.keep()  # as workers do
     torch.set_num_threads(1)
     setting = recipe(options.store, options.run, options.settings)
     if options.way == "ray":
