@@ -70,15 +70,6 @@ def test_masked_tokens_are_those_made_cell_by_cell(lengths, context, mask, zeros
     assert truth.tolist() == [flat[i][1] for i in asked]
 
 
-def test_a_table_at_a_time_finds_what_one_table_finds(monkeypatch):
-    counts, rows = cells([12, 0, 40, 7], 3), np.array([5, 6, 7, 8])
-    whole = masked_tokens(counts, rows, RNA, FEATURES, mask=(0.3, 0.3), zeros=1.0, keys=(1,))[0]
-    monkeypatch.setattr(batches, "TABLE", FEATURES)
-    part = masked_tokens(counts, rows, RNA, FEATURES, mask=(0.3, 0.3), zeros=1.0, keys=(1,))[0]
-    assert (whole.values == 0).sum() > 3
-    assert torch.equal(whole.ids, part.ids)
-
-
 @pytest.mark.parametrize("last", [3, 5_000])
 def test_tokens_that_draw_alike_stay_as_they_come(last):
     random = np.random.default_rng(0)

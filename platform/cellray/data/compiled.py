@@ -4,33 +4,14 @@ Counts come as CSR arrays: `indptr` int64 [cells + 1], `ids` int32 [tokens] risi
 `counts` uint32 [tokens]. Only ingest imports this: numba takes most of a second, and compiling two.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 
+from cellray.data.jit import jit, still
 from cellray.data.qc import STEPS, SURPRISE, TELLING, Metrics
 from cellray.data.tokens import narrow
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """`function` compiled when it is first called, and kept on disk for further processes if that can be."""
-    try:
-        return njit(nogil=True, boundscheck=False, cache=True)(function)
-    except RuntimeError:  # there is no folder that can be written to
-        return njit(nogil=True, boundscheck=False)(function)
-
-
-def _still(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The arrays, read-only: of one type to numba whether Ray lent them or not."""
-    found = [array.view() for array in arrays]
-    for array in found:
-        array.flags.writeable = False
-    return found
-
-
-@_compiled
+@jit
 def _by_id(items, spare, n, bits, passes):  # type: ignore[no-untyped-def]
     """`items[:n]` sorted by their upper halves, and the other array: a stable radix sort from below."""
     table = np.empty(1 << bits, np.int32)
@@ -54,7 +35,7 @@ def _by_id(items, spare, n, bits, passes):  # type: ignore[no-untyped-def]
     return items, spare
 
 
-@_compiled
+@jit
 def _longest(indptr):  # type: ignore[no-untyped-def]
     most = 0
     for i in range(len(indptr) - 1):
@@ -70,7 +51,7 @@ _DIGIT = 10
 """Bits of a product sorted by at a time. Small tables: a cell has as few tokens as these have entries."""
 
 
-@_compiled
+@jit
 def _ranked(offsets, ids, counts, rows, target, base, weights, assay, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
     most = _longest(offsets)
     one = np.empty(most, np.uint64)
@@ -145,7 +126,7 @@ def ranked(
     tokens = int((offsets[rows + 1] - offsets[rows]).sum())
     found = np.zeros(len(rows) + 1, np.int64)
     out_ids, out_counts = np.empty(tokens, narrow(weights.shape[1])), np.empty(tokens, counts.dtype)
-    given = _still(offsets, ids, counts, rows, target, base, weights, assay)
+    given = still(offsets, ids, counts, rows, target, base, weights, assay)
     _ranked(*given, found, out_ids, out_counts)
     return found, out_ids[: found[-1]], out_counts[: found[-1]]
 
@@ -155,7 +136,7 @@ def rising(target: np.ndarray) -> bool:
     return bool((np.diff(target[target >= 0]) > 0).all())
 
 
-@_compiled
+@jit
 def _projected(indptr, ids, counts, target, bits, passes, out_indptr, out_ids, out_counts):  # type: ignore[no-untyped-def]
     most = _longest(indptr)
     one = np.empty(most, np.uint64)
@@ -204,14 +185,14 @@ def projected(
     out_indptr = np.zeros(len(indptr), np.int64)
     out_ids, out_counts = np.empty(len(ids), np.int32), np.empty(len(ids), np.uint32)
     bits = -(-digits // passes)
-    given = _still(indptr, ids, counts, target)
+    given = still(indptr, ids, counts, target)
     filled = _projected(*given, bits, passes, out_indptr, out_ids, out_counts)
     if filled < 0:
         raise ValueError("columns of one feature add up to more than 4,294,967,295 in a cell: no counts")
     return out_indptr, out_ids[:filled], out_counts[:filled]
 
 
-@_compiled
+@jit
 def _measured(indptr, ids, counts, target, hashes, mito, offsets, out_ids, out_counts, cells):  # type: ignore[no-untyped-def]
     depth, features, mitochondrial, digest = cells
     filled = 0
@@ -280,13 +261,13 @@ def measured(
     out_ids, out_counts = np.empty(len(ids), narrow(len(hashes))), np.empty(len(ids), width)
     depth, among, digest = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.uint64)
     cells = depth, np.zeros(size, np.int32), among, digest
-    given = _still(indptr, ids, counts, target, hashes, mito.astype(np.uint8))
+    given = still(indptr, ids, counts, target, hashes, mito.astype(np.uint8))
     _measured(*given, offsets, out_ids, out_counts, cells)
     metrics = Metrics(counts=depth, features=cells[1], mito=among, digest=digest)
     return offsets, out_ids[: offsets[-1]], out_counts[: offsets[-1]], metrics
 
 
-@_compiled
+@jit
 def tally(indptr, ids, counts, group, sums, nonzero):  # type: ignore[no-untyped-def]
     """Add the cells to `sums` and `nonzero`, int64 [groups, features]; cells of group -1 are left out."""
     for i in range(len(indptr) - 1):
@@ -297,7 +278,7 @@ def tally(indptr, ids, counts, group, sums, nonzero):  # type: ignore[no-untyped
             nonzero[group[i], ids[j]] += 1
 
 
-@_compiled
+@jit
 def sums(offsets, values):  # type: ignore[no-untyped-def]
     """Sum of each ragged row of `values`, int64 [rows]."""
     found = np.empty(len(offsets) - 1, np.int64)
@@ -309,7 +290,7 @@ def sums(offsets, values):  # type: ignore[no-untyped-def]
     return found
 
 
-@_compiled
+@jit
 def _taken(offsets, ids, counts, rows, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
     filled = 0
     for k in range(len(rows)):
@@ -326,11 +307,11 @@ def taken(
     """The ragged `rows`, in that order."""
     tokens = int((offsets[rows + 1] - offsets[rows]).sum())
     out = np.zeros(len(rows) + 1, np.int64), np.empty(tokens, ids.dtype), np.empty(tokens, counts.dtype)
-    _taken(*_still(offsets, ids, counts, rows), *out)
+    _taken(*still(offsets, ids, counts, rows), *out)
     return out
 
 
-@_compiled
+@jit
 def known(offsets, ids, rows, target, base):  # type: ignore[no-untyped-def]
     """Which of the ragged `rows` have a feature f with a `target[base + f]` that is not -1, bool [rows]."""
     found = np.zeros(len(rows), np.bool_)

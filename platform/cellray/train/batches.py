@@ -14,11 +14,8 @@ from cellray.data.store import Batch
 from cellray.data.tokens import Counts
 from cellray.model.encoder import Tokens
 from cellray.model.values import BINS
-from cellray.train.feed import mix, stir, uniform_tokens
+from cellray.train.feed import mix, uniform_tokens
 from cellray.train.masks import Independent, Mask
-
-TABLE = 1 << 22
-"""Bytes of a table of pairs of cell and feature: little enough for the caches."""
 
 
 def present(batch: Batch, modalities: int) -> np.ndarray:
@@ -76,80 +73,29 @@ def masked_tokens(
     says what is hidden; two bounds of the share stand for `Independent`. Bins are those among the
     counts that stay visible, which stay in rank order.
     """
+    from cellray.data.jit import still  # numba, which only training needs
+    from cellray.train import compiled
+
     mask = Independent(mask) if isinstance(mask, tuple) else mask
-    cells = np.repeat(np.arange(len(counts)), counts.lengths)
-    hidden = mask(counts, rows, keys)
-    absent_cells, absent = _absent(counts, rows, features, zeros, keys, mask)
-    cell = np.concatenate([absent_cells, cells])
-    ids = np.concatenate([absent, counts.ids.astype(np.int64)])
-    truth = np.concatenate([np.zeros(len(absent), np.float32), _values(counts, modality)])
-    values = truth
+    hidden, turn = mask(counts, rows, keys), mix(*keys, rows)
+    truth = _values(counts, modality)
+    read = truth
     if encoding == "bins":
-        values = np.zeros_like(truth)
-        values[len(absent) :][~hidden] = _bins(visible(counts, ~hidden))
-    asked = np.concatenate([np.ones(len(absent), bool), hidden])
-    firsts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(counts)))])
-    order = _asked_first(cell, ids, asked, rows, keys, modality.context // 2)
-    place = np.arange(len(ids)) - np.repeat(firsts[:-1], np.diff(firsts))
-    tokens = _tokens(ids[order], values[order], asked[order], firsts, counts.total, device)
-    at = np.flatnonzero(asked[order] & (place < modality.context))
-    return tokens, torch.from_numpy(at).to(device), torch.from_numpy(truth[order][at]).to(device)
-
-
-def _absent(
-    counts: Counts, rows: np.ndarray, features: int, share: float, keys: tuple[int, ...], mask: Mask
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features that a cell does not count, about `share` times its tokens: (cell, feature), sorted.
-
-    Fewer where `mask` looks for them among few features, of which many are counted.
-    """
-    wanted = np.ceil(share * counts.lengths).astype(np.int64)
-    cell = np.repeat(np.arange(len(counts)), wanted)
-    turn = np.arange(len(cell)) - np.repeat(np.cumsum(wanted) - wanted, wanted)
-    draw = mix(*keys, rows[cell], turn, 2)
-    drawn = mask.beside(counts, rows, keys, cell, draw)
-    drawn = np.where(drawn < 0, (draw % np.uint64(features)).astype(np.int64), drawn)
-    return _uncounted(counts, features, cell, drawn)
-
-
-def _uncounted(
-    counts: Counts, features: int, cell: np.ndarray, drawn: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs (cell, feature), each once and sorted, without those counted. `cell` rises.
-
-    They are marked in a table, TABLE of it at a time: sorting them takes ten times as long.
-    """
-    found = []
-    step = max(1, TABLE // features)
-    for first in range(0, len(counts), step):
-        last = min(first + step, len(counts))
-        table = np.zeros((last - first, features), bool)
-        a, b = np.searchsorted(cell, [first, last])
-        table[cell[a:b] - first, drawn[a:b]] = True
-        mine = slice(counts.offsets[first], counts.offsets[last])
-        table[np.repeat(np.arange(last - first), counts.lengths[first:last]), counts.ids[mine]] = False
-        found.append(np.flatnonzero(table) + first * features)
-    asked = np.concatenate([np.empty(0, np.int64), *found])
-    return asked // features, asked % features
-
-
-def _asked_first(
-    cell: np.ndarray, ids: np.ndarray, asked: np.ndarray, rows: np.ndarray, keys: tuple[int, ...], most: int
-) -> np.ndarray:
-    """The order of tokens in which those of a cell are together: `most` of the `asked`, at random, then
-    those that are seen, in the order they come, then the others asked. Where seen, `cell` rises."""
-    own, seen = np.flatnonzero(asked), np.flatnonzero(~asked)
-    numbers = [np.bincount(cell[part], minlength=len(rows)) for part in (own, seen)]
-    firsts = np.cumsum(sum(numbers)) - sum(numbers)
-    turn = mix(*keys, rows)[cell[own]]
-    own = own[_sorted(cell[own], stir(stir(turn, ids[own]), 3) >> np.uint64(11))]
-    turns = [np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) for n in numbers]
-    turns[0] += np.where(turns[0] < most, 0, numbers[1][cell[own]])
-    turns[1] += np.minimum(numbers[0], most)[cell[seen]]
-    order = np.empty(len(cell), np.int64)
-    for part, place in zip((own, seen), turns, strict=True):
-        order[firsts[cell[part]] + place] = part
-    return order
+        read = np.zeros_like(truth)
+        read[~hidden] = _bins(visible(counts, ~hidden))
+    offsets, own = still(counts.offsets, counts.ids)
+    tries = np.ceil(zeros * counts.lengths).astype(np.int64)
+    firsts = np.concatenate([[0], np.cumsum(tries)])
+    draw = compiled.draws(turn, firsts)
+    drawn = mask.beside(counts, rows, keys, np.repeat(np.arange(len(counts)), tries), draw)
+    begin, absent = compiled.absent(offsets, own, firsts, draw, drawn, features)
+    firsts, cell, feature, token, bits = compiled.asked(turn, offsets, own, hidden, begin, absent)
+    order = _sorted(cell, bits)
+    ids, values, asked, offsets, at, true = compiled.arranged(
+        offsets, own, hidden, read, truth, firsts, feature[order], token[order], modality.context
+    )
+    tokens = _tokens(ids, values, asked, offsets, counts.total, device)
+    return tokens, torch.from_numpy(at).to(device), torch.from_numpy(true).to(device)
 
 
 def _sorted(cell: np.ndarray, draw: np.ndarray) -> np.ndarray:
@@ -166,22 +112,24 @@ def asked_features(features: int, most: int, *keys: int) -> np.ndarray | None:
     """Features a decoder is asked for in this step, the same on every worker; None for all of them."""
     if features <= most:
         return None
-    draw = mix(*keys, np.arange(features))  # no two of these are equal
+    from cellray.train import compiled
+
+    draw = compiled.numbered(mix(*keys)[()], features)  # no two of these are equal
     return np.flatnonzero(draw < np.partition(draw, most)[most])
 
 
 def targets(counts: Counts, features: int, asked: np.ndarray | None, device: str = "cpu") -> Tensor:
     """Raw counts [cells, asked features], dense float32."""
-    cells = np.repeat(np.arange(len(counts)), counts.lengths)
+    from cellray.data.jit import still
+    from cellray.train import compiled
+
     place = np.arange(features)
     if asked is not None:
         place = np.full(features, -1)
         place[asked] = np.arange(len(asked))
-    at = place[counts.ids]
-    hits = np.flatnonzero(at >= 0)
-    dense = np.zeros((len(counts), features if asked is None else len(asked)), np.float32)
-    dense[cells[hits], at[hits]] = counts.counts[hits]
-    return torch.from_numpy(dense).to(device)
+    width = features if asked is None else len(asked)
+    found = compiled.dense(*still(counts.offsets, counts.ids, counts.counts), place, width)
+    return torch.from_numpy(found).to(device)
 
 
 def _values(counts: Counts, modality: Modality) -> np.ndarray:

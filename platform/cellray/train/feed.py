@@ -63,7 +63,11 @@ def uniform(*keys: int | np.ndarray) -> np.ndarray:
 
 def uniform_tokens(rows: np.ndarray, counts: Counts, *keys: int) -> np.ndarray:
     """`uniform` of the keys, of the cell's number in `rows`, and of the feature, for every token."""
-    return fraction(stir(np.repeat(mix(*keys, rows), counts.lengths), counts.ids))
+    from cellray.data.jit import still  # numba, which only training needs
+    from cellray.train import compiled
+
+    found: np.ndarray = compiled.uniform(mix(*keys, rows), *still(counts.offsets, counts.ids))
+    return found
 
 
 def fraction(state: np.ndarray) -> np.ndarray:
