@@ -124,6 +124,24 @@ def test_the_negative_binomial_is_scipys():
     assert float(fit - error) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_gradients_of_the_negative_binomial_are_those_of_every_term_everywhere():
+    model, cell, ids = decoder(), torch.randn(5, 16), torch.tensor([3, 29, 0, 7])
+    counts = torch.poisson(torch.full((5, 4), 0.7), generator=torch.Generator().manual_seed(0))
+    depth = torch.full((5,), 1.0)
+    assert 0 < int((counts > 0).sum()) < counts.numel()
+    found = model.negative_log_likelihood(cell, counts, depth, ids)
+    rate = model(cell, ids, depth).exp()
+    shape = torch.nn.functional.softplus(model.dispersion[ids]) + 1e-4
+    plain = torch.distributions.NegativeBinomial(shape.expand(5, 4), logits=(rate / shape).log())
+    wanted = -plain.log_prob(counts).sum() + (model.log_depth(cell) - depth).square().sum()
+    torch.testing.assert_close(found, wanted)
+    trained = list(model.parameters())
+    for own, other in zip(
+        torch.autograd.grad(found, trained), torch.autograd.grad(wanted, trained), strict=True
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
 def test_decoders_begin_at_the_mean_profile(tmp_path):
     vocabularies = stores.run(tmp_path).store.tokenizer.vocabularies
     for name, vocabulary in vocabularies.items():
