@@ -234,20 +234,22 @@ def test_a_run_whose_driver_is_killed_ten_times_ends_bit_for_bit_as_an_undisturb
 @pytest.mark.slow
 def test_of_ten_second_drivers_none_gets_in_and_the_first_is_undisturbed(tmp_path):
     stores.write(str(tmp_path / "store"))
-    words = [f"run={tmp_path}", "stages=unimodal", "unimodal.epochs=1000", "checkpoint_seconds=1"]
+    words = [f"run={tmp_path}", "stages=unimodal", "unimodal.epochs=20000", "checkpoint_seconds=1"]
     first = command(tmp_path, *words)
     folder = str(tmp_path / "checkpoints" / "unimodal-rna")
-    await_checkpoints(folder, first, 1)
-    before = checkpoint.steps(folder)[-1]
-    for _ in range(10):
-        second = command(tmp_path, *words)
-        said, _ = second.communicate(timeout=250)
-        assert second.returncode == 2, said
-        assert f"is being trained by process {first.pid} on" in said
-    assert first.poll() is None
-    await_checkpoints(folder, first, 1)
-    assert checkpoint.steps(folder)[-1] > before
-    first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=120)
+    try:
+        await_checkpoints(folder, first, 1)
+        before = checkpoint.steps(folder)[-1]
+        for _ in range(10):
+            second = command(tmp_path, *words)
+            said, _ = second.communicate(timeout=250)
+            assert second.returncode == 2, said
+            assert f"is being trained by process {first.pid} on" in said
+        assert first.poll() is None
+        await_checkpoints(folder, first, 1)
+        assert checkpoint.steps(folder)[-1] > before
+    finally:
+        first.send_signal(signal.SIGTERM)
+        said, _ = first.communicate(timeout=120)
     assert first.returncode == TERMINATED, said
     assert "goes on from step" not in said
