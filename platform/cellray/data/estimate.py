@@ -11,6 +11,7 @@ from cellray.data import compiled
 from cellray.data.group import Part
 from cellray.data.plan import Plan
 from cellray.data.reading import open_source
+from cellray.data.shards import codec
 from cellray.data.tokens import narrow
 
 FILES = 8
@@ -103,7 +104,7 @@ def _packed(part: Part, ids: np.ndarray, counts: np.ndarray) -> Iterator[int]:
     """Bytes that ids and counts take in a shard."""
     most = int(counts.max(initial=0))
     width = np.uint8 if most < 1 << 8 else np.uint16 if most < 1 << 16 else np.uint32
-    codec = pa.Codec("zstd", compression_level=3)
+    packer = codec()
     for values in (ids.astype(narrow(len(part.features.names))), counts.astype(width)):
         if len(values):
-            yield len(codec.compress(pa.py_buffer(np.ascontiguousarray(values))))
+            yield len(packer.compress(pa.py_buffer(np.ascontiguousarray(values))))

@@ -109,6 +109,16 @@ def coded(values: Sequence[str] | pa.Array) -> pa.DictionaryArray:
     return pa.array(values, pa.string()).dictionary_encode()
 
 
+def codec() -> pa.Codec:
+    """What shards are packed with.
+
+    Against level 3, level 1 takes 4 to 9 % more bytes, half the time to write, a tenth of an ingest, and
+    three quarters to read; level -1 7 % more of deep cells, 20 % of shallow ones, and half to read. A feed
+    at level 3 is far ahead of any training, so bytes are what counts.
+    """
+    return pa.Codec("zstd", compression_level=3)
+
+
 def encode_shard(table: pa.Table) -> bytes:
     """`table` as an Arrow IPC file: zstd, record batches of BATCH rows. The same rows give the same bytes."""
     table = table.combine_chunks().unify_dictionaries()
@@ -118,7 +128,7 @@ def encode_shard(table: pa.Table) -> bytes:
 def pack(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> bytes:
     """The file of these record batches, BATCH rows each but the last; coded strings have one dictionary."""
     sink = io.BytesIO()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3))
+    options = pa.ipc.IpcWriteOptions(compression=codec())
     with pa.ipc.new_file(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
