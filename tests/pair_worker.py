@@ -80,6 +80,25 @@ def lacking(folder, shared=False):
     return result(root, said)
 
 
+def gradients(rank):
+    """Of a worker: few rows of a table, most of another, a matrix and a vector."""
+    random = torch.Generator().manual_seed(rank)
+    found = [torch.randn(*size, generator=random) for size in ((40, 3), (40, 3), (5, 7), (9,))]
+    for table, rows in zip(found, (4, 35), strict=False):
+        table[torch.randperm(40, generator=random)[rows:]] = 0
+    return found
+
+
+def summed(rank):
+    """What `sum_gradients` makes of those of all workers, and how many of them went by rows."""
+    parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients(rank)]
+    for p, g in zip(parameters, gradients(rank), strict=True):
+        p.grad = g
+    by_rows = len(workers._touched(gradients(rank)[:3]))
+    workers.sum_gradients(parameters)
+    return {str(i): p.grad for i, p in enumerate(parameters)} | {"by rows": torch.tensor(by_rows)}
+
+
 def result(root, said):
     numbers = torch.tensor([[row["loss"], row["gradient_norm"]] for row in said])
     assert not any(isinstance(p, sharding.DTensor) for p in root.state_dict().values())
@@ -132,6 +151,10 @@ def main():
         for name in STAGES:
             keep(f"{name}-{how}", five(folder, name, shared))
         keep(f"lacking-{how}", lacking(folder, shared))
+    workers.TABLE = 0
+    keep("summed", summed(rank))
+    for name in STAGES:
+        keep(f"{name}-rows", five(folder, name))
     more = {"shard": True, "optim.ema": 0.9}
     keep("undisturbed", trained(folder / "undisturbed", **more)[0].state_dict())
     trained(folder / "left", at=AT, **more)

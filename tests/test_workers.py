@@ -69,6 +69,19 @@ def test_a_modality_that_a_worker_has_no_cell_of_makes_no_difference(folder, how
     like(one, two)
 
 
+def test_gradients_are_summed_by_rows_where_few_rows_have_any(folder):
+    found = load_file(folder / "summed.safetensors")
+    assert int(found.pop("by rows")) == 1
+    every = [pair_worker.gradients(rank) for rank in range(2)]
+    assert all(torch.equal(found[str(i)], a + b) for i, (a, b) in enumerate(zip(*every, strict=True)))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_exchanged_by_rows_are_those_exchanged_whole(folder, name):
+    whole, rows = (load_file(folder / f"{name}-{how}.safetensors") for how in ("whole", "rows"))
+    assert all(torch.equal(value, rows[key]) for key, value in whole.items())
+
+
 def test_a_killed_run_that_shares_parameters_out_ends_as_if_it_had_not_been_killed(folder):
     whole, broken = (load_file(folder / f"{name}.safetensors") for name in ("undisturbed", "killed"))
     assert 1 <= int(broken.pop("resumed")) <= pair_worker.AT

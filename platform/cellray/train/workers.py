@@ -51,11 +51,17 @@ def barrier() -> None:
         dist.barrier()
 
 
+TABLE = 1 << 18
+"""Numbers from which on a gradient is exchanged by rows, where that is less: 1 MB of them."""
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over the workers, in one exchange; zeros where there is none.
+    """Replace every gradient by its sum over the workers; zeros where there is none.
 
     Losses are divided by global counts before they are differentiated, so the sum over workers
     is the gradient of the one-worker loss. What is shared out among the workers has been summed before.
+    Of large tables, one row a feature, workers exchange the rows that any of them has something in: what
+    a step costs does not grow with the vocabulary.
     """
     found = [p for p in parameters if p.requires_grad]
     for p in found:
@@ -65,12 +71,28 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     gradients = [p.grad for p in found if p.grad is not None and not isinstance(p, DTensor)]
     if world() == 1 or not gradients:
         return
-    flat = torch.cat([g.reshape(-1) for g in gradients])
+    rows = _touched([g for g in gradients if g.dim() == 2 and g.numel() >= TABLE])
+    parts = [g.index_select(0, rows[id(g)]) if id(g) in rows else g for g in gradients]
+    flat = torch.cat([part.reshape(-1) for part in parts])
     dist.all_reduce(flat)
-    first = 0
-    for g in gradients:
-        g.copy_(flat[first : first + g.numel()].view_as(g))
-        first += g.numel()
+    for g, part, own in zip(gradients, parts, flat.split([part.numel() for part in parts]), strict=True):
+        if part is g:
+            g.copy_(own.view_as(g))
+        else:
+            g.index_copy_(0, rows[id(g)], own.view_as(part))
+
+
+def _touched(tables: list[Tensor]) -> dict[int, Tensor]:
+    """By `id`, the rows of a table in which any worker's is not zero, where they are less than half of them.
+
+    The same on all workers.
+    """
+    if not tables:
+        return {}
+    flags = torch.cat([table.abs().amax(dim=1) != 0 for table in tables]).to(torch.uint8)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    found = [own.nonzero().squeeze(1) for own in flags.split([len(table) for table in tables])]
+    return {id(t): rows for t, rows in zip(tables, found, strict=True) if 2 * len(rows) < len(t)}
 
 
 def all_rows(rows: Tensor) -> tuple[Tensor, int]:
