@@ -19,7 +19,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def still(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The arrays, read-only: whether others lent them or not: numba compiles for each type."""
+    """The arrays, read-only, whoever lent them: to numba, which compiles for each, that is part of a type."""
     found = [array.view() for array in arrays]
     for array in found:
         array.flags.writeable = False

@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         feature: Tensor = self.feature.weight
         bias: Tensor = self.bias
         if ids is not None:
-            # Not feature[ids]: its gradient allows for ids that come twice, at five times the cost.
+            # Not feature[ids]: its gradient allows for ids that come twice, and takes longer for it.
             feature, bias = feature.index_select(0, ids), bias.index_select(0, ids)
         if log_depth is None:
             log_depth = self.log_depth(cell)

@@ -73,7 +73,7 @@ def masked_tokens(
     says what is hidden; two bounds of the share stand for `Independent`. Bins are those among the
     counts that stay visible, which stay in rank order.
     """
-    from cellray.data.jit import still  # numba, which only training needs
+    from cellray.data.jit import still  # numba, which an embedder need not import
     from cellray.train import compiled
 
     mask = Independent(mask) if isinstance(mask, tuple) else mask

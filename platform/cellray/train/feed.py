@@ -63,7 +63,7 @@ def uniform(*keys: int | np.ndarray) -> np.ndarray:
 
 def uniform_tokens(rows: np.ndarray, counts: Counts, *keys: int) -> np.ndarray:
     """`uniform` of the keys, of the cell's number in `rows`, and of the feature, for every token."""
-    from cellray.data.jit import still  # numba, which only training needs
+    from cellray.data.jit import still  # numba, which an embedder need not import
     from cellray.train import compiled
 
     found: np.ndarray = compiled.uniform(mix(*keys, rows), *still(counts.offsets, counts.ids))

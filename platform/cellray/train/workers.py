@@ -60,8 +60,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     Losses are divided by global counts before they are differentiated, so the sum over workers
     is the gradient of the one-worker loss. What is shared out among the workers has been summed before.
-    Of large tables, one row a feature, workers exchange the rows that any of them has something in: what
-    a step costs does not grow with the vocabulary.
+    Of large tables, one row a feature, workers exchange the rows that any of them has something in, and a
+    byte for every row to find them: of 120,000 peaks 2,048 are asked for in a step.
     """
     found = [p for p in parameters if p.requires_grad]
     for p in found:
@@ -89,7 +89,8 @@ def _touched(tables: list[Tensor]) -> dict[int, Tensor]:
     """
     if not tables:
         return {}
-    flags = torch.cat([table.abs().amax(dim=1) != 0 for table in tables]).to(torch.uint8)
+    bounds = [table.aminmax(dim=1) for table in tables]
+    flags = torch.cat([(low != 0) | (high != 0) for low, high in bounds]).to(torch.uint8)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     found = [own.nonzero().squeeze(1) for own in flags.split([len(table) for table in tables])]
     return {id(t): rows for t, rows in zip(tables, found, strict=True) if 2 * len(rows) < len(t)}
