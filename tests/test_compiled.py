@@ -16,12 +16,26 @@ def dense(indptr, ids, counts, features):
     return sp.csr_matrix((counts.astype(np.int64), ids, indptr), shape=(len(indptr) - 1, features)).toarray()
 
 
-@given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([0.1, 1.0, 30.0]))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_ranks_equal_a_plain_sort(seed, features, mean):
+MEANS = {
+    "some": lambda rng, shape: rng.choice([1.0, 1.5, 2.0, 1e-3, 3e5], shape),
+    "any": lambda rng, shape: rng.lognormal(0, 2, shape),
+    "all but equal": lambda rng, shape: 1 + rng.integers(0, 50, shape) / 1e6,
+}
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([1, 40, 2_000]),
+    st.sampled_from([0.1, 1.0, 30.0]),
+    st.sampled_from([1, 2**32 - 1]),
+    st.sampled_from(sorted(MEANS)),
+)
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_ranks_equal_a_plain_sort(seed, features, mean, most, means):
     rng = np.random.default_rng(seed)
     indptr, ids, counts = csr(8, features, mean=mean, seed=seed)
-    weights = (1 / rng.choice([1.0, 1.5, 2.0, 1e-3, 3e5], (2, features))).astype(np.float32)
+    counts[:1] = most  # which makes the digits that are sorted by coarser
+    weights = (1 / MEANS[means](rng, (2, features))).astype(np.float32)
     assay = rng.integers(0, 2, 8)
     offsets, *found = compiled.ranked(indptr, ids, counts, weights, assay)
     np.testing.assert_array_equal(offsets, indptr)

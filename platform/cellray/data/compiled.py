@@ -43,60 +43,86 @@ def _longest(indptr):  # type: ignore[no-untyped-def]
     return most
 
 
-RATIOS = 2.0**-62, 2.0**62
-"""Between these lie all products of counts and weights, so that 30 bits tell them apart."""
-_TOP = np.uint32(190 << 23)
-"""Above the bits of each of these as float32: 23 bits of fraction, and an exponent that begins at -127."""
 _DIGIT = 10
 """Bits of a product sorted by at a time. Small tables: a cell has as few tokens as these have entries."""
 
 
 @jit
-def _ranked(offsets, ids, counts, rows, target, base, weights, assay, out_offsets, out_ids, out_counts):  # type: ignore[no-untyped-def]
+def _ranked(offsets, ids, counts, rows, target, base, weights, assay, top, shift, out):  # type: ignore[no-untyped-def]
+    out_offsets, out_ids, out_counts = out
     most = _longest(offsets)
     one = np.empty(most, np.uint64)
     other = np.empty(most, np.uint64)
-    tables = np.empty((3, 1 << _DIGIT), np.int32)
+    own_ids = np.empty(most, out_ids.dtype)
+    own_counts = np.empty(most, counts.dtype)
+    low = np.empty(1 << _DIGIT, np.int32)
+    high = np.empty(1 << _DIGIT, np.int32)
     mask = np.uint64((1 << _DIGIT) - 1)
+    to_low = np.uint64(32) + shift
+    to_high = to_low + np.uint64(_DIGIT)
     filled = 0
     for i in range(len(rows)):
-        first = offsets[rows[i]]
-        kind = assay[i]
-        own = target[base[i] :]
-        tables[:] = 0
+        mine = target[base[i] :]
+        weight = weights[assay[i]]
+        low[:] = 0
+        high[:] = 0
         n = 0
-        for j in range(offsets[rows[i] + 1] - first):
-            to = own[ids[first + j]]
+        for j in range(offsets[rows[i]], offsets[rows[i] + 1]):
+            to = mine[ids[j]]
             if to >= 0:
-                ratio = np.float32(counts[first + j]) * weights[kind, to]
-                key = np.uint64(_TOP - np.float32(ratio).view(np.uint32))
-                for p in range(3):
-                    tables[p, (key >> np.uint64(p * _DIGIT)) & mask] += 1
-                one[n] = (key << np.uint64(32)) | np.uint64(j)
+                ratio = np.float32(counts[j]) * weight[to]
+                item = np.uint64(top - np.float32(ratio).view(np.uint32)) << np.uint64(32) | np.uint64(n)
+                low[(item >> to_low) & mask] += 1
+                high[(item >> to_high) & mask] += 1
+                one[n] = item
+                own_ids[n] = to
+                own_counts[n] = counts[j]
                 n += 1
-        for p in range(3):
-            start = 0
-            for z in range(1 << _DIGIT):
-                here = tables[p, z]
-                tables[p, z] = start
-                start += here
-        for p in range(2):
-            shift = np.uint64(32 + p * _DIGIT)
-            for j in range(n):
-                item = one[j]
-                z = (item >> shift) & mask
-                other[tables[p, z]] = item
-                tables[p, z] += 1
-            one, other = other, one
+        below, beneath = 0, 0
+        for z in range(1 << _DIGIT):
+            here = low[z]
+            low[z] = below
+            below += here
+            here = high[z]
+            high[z] = beneath
+            beneath += here
         for j in range(n):
-            z = (one[j] >> np.uint64(32 + 2 * _DIGIT)) & mask
-            at = first + np.int64(one[j] & np.uint64(0xFFFFFFFF))
-            to = filled + tables[2, z]
-            tables[2, z] += 1
-            out_ids[to] = own[ids[at]]
-            out_counts[to] = counts[at]
+            z = (one[j] >> to_low) & mask
+            other[low[z]] = one[j]
+            low[z] += 1
+        for j in range(n):
+            z = (other[j] >> to_high) & mask
+            one[high[z]] = other[j]
+            high[z] += 1
+        _settle(one, n)
+        for j in range(n):
+            at = one[j] & np.uint64(0xFFFFFFFF)
+            out_ids[filled + j] = own_ids[at]
+            out_counts[filled + j] = own_counts[at]
         filled += n
         out_offsets[i + 1] = filled
+
+
+@jit
+def _settle(items, n):  # type: ignore[no-untyped-def]
+    """Sort `items[:n]`, which are in order but for their low bits: by insertion, as few are out of place.
+
+    Where many are, because the weights of features are all but equal, by a sort like any other.
+    """
+    moves = 0
+    for j in range(1, n):
+        item = items[j]
+        if item > items[j - 1]:
+            continue
+        k = j
+        while k > 0 and items[k - 1] > item:
+            items[k] = items[k - 1]
+            k -= 1
+        items[k] = item
+        moves += j - k
+        if moves > n:
+            items[:n].sort()
+            return
 
 
 def ranked(
@@ -112,22 +138,26 @@ def ranked(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offsets, ids and counts of each cell by falling count x weight; ties keep id order.
 
-    `weights` is float32 [assays, features], between 2**-62 and 2**30; `assay` the row of it for each
-    cell, int64. The product is taken in float32. Positive floats sort as their bits do. Only the cells
-    `rows`, in that order, if they are given; with feature f under the id `target[f]`, -1 leaving it
-    out: targets that are not -1 must rise. Cells of several files have `target[base + f]`, with the
-    `base` of each, int64 [rows]. Ids and counts may be of any unsigned or signed type, no count is 0.
+    `weights` is float32 [assays, features], positive; `assay` the row of it for each cell, int64. The
+    product is taken in float32. Positive floats sort as their bits do: by two digits of the bits that
+    products differ in, then by insertion. Only the cells `rows`, in that order, if they are given; with
+    feature f under the id `target[f]`, -1 leaving it out: targets that are not -1 must rise. Cells of
+    several files have `target[base + f]`, with the `base` of each, int64 [rows]. Ids and counts may be
+    of any unsigned or signed type, no count is 0.
     """
     rows = np.arange(len(offsets) - 1) if rows is None else rows
     target = np.arange(weights.shape[1], dtype=np.int32) if target is None else target
     assert base is not None or rising(target), "targets do not rise"
     base = np.zeros(len(rows), np.int64) if base is None else base
-    assert not weights.size or (RATIOS[0] <= weights.min() and weights.max() <= RATIOS[1] / 2**32)
+    # No product is below the first of these or above the second; counts are 1 or more.
+    ends = np.array([weights.min(initial=1), np.float32(counts.max(initial=1)) * weights.max(initial=1)])
+    least, top = ends.astype(np.float32).view(np.uint32)
+    shift = np.uint64(max(0, int(top - least).bit_length() - 2 * _DIGIT))
     tokens = int((offsets[rows + 1] - offsets[rows]).sum())
     found = np.zeros(len(rows) + 1, np.int64)
     out_ids, out_counts = np.empty(tokens, narrow(weights.shape[1])), np.empty(tokens, counts.dtype)
     given = still(offsets, ids, counts, rows, target, base, weights, assay)
-    _ranked(*given, found, out_ids, out_counts)
+    _ranked(*given, top, shift, (found, out_ids, out_counts))
     return found, out_ids[: found[-1]], out_counts[: found[-1]]
 
 
