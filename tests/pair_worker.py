@@ -32,24 +32,30 @@ AT = 6
 RATES = Optim(lr=1e-3, spike=0.0)
 
 
+FEW = {"unimodal.queries": 16, "joint.queries": 16, "distil.queries": 16}
+"""So few features asked for that decoders are updated by rows."""
+
+
 @contextlib.contextmanager
-def prepared(folder, name, shared):
+def prepared(run, name, shared, *, rowwise=False):
     """A stage as `run_stage` prepares it, and what it trains; afterwards all of it is plain again."""
-    work, root = stage(stores.run(folder), name)
+    work, root = stage(run, name)
     root.train().requires_grad_(False)
     for module in work.trained():
         module.requires_grad_(True)
     shares = sharding.Shares(root, "cpu") if shared else None
-    parameters, optimizer = adamw(work.trained(), RATES)
+    parameters, optimizer = adamw(work.trained(), RATES, asked=work.asked if rowwise else 0)
+    assert bool(optimizer.tables) == rowwise
     yield work, root, parameters, optimizer
+    optimizer.settle()
     if shares:
         shares.undo()
 
 
-def five(folder, name, shared=False):
+def five(folder, name, shared=False, *, rowwise=False, **changes):
     """Weights after five steps of a stage, and the losses and norms of each."""
-    run, said = stores.run(folder), []
-    with prepared(folder, name, shared) as (work, root, parameters, optimizer):
+    run, said = stores.run(folder, **changes), []
+    with prepared(run, name, shared, rowwise=rowwise) as (work, root, parameters, optimizer):
         plan = plan_of(run.store, run.recipe, ~run.test, work.needs(), work.reads(), 1.0)
         with Feed(run.store, plan, first=0, rank=workers.rank(), world=workers.world()) as feed:
             for share in feed:
@@ -72,7 +78,7 @@ def lacking(folder, shared=False):
         (every[50:55], every[55:60]),
     ]
     assert all(len(half) >= 5 for pair in halves for half in pair)
-    with prepared(folder, "joint", shared) as (work, root, parameters, optimizer):
+    with prepared(run, "joint", shared) as (work, root, parameters, optimizer):
         for number, pair in enumerate(halves):
             rows = pair[workers.rank()] if workers.world() > 1 else np.concatenate(pair)
             share = Share(number, len(rows), 0, run.store.read(rows))
@@ -155,6 +161,7 @@ def main():
     keep("summed", summed(rank))
     for name in STAGES:
         keep(f"{name}-rows", five(folder, name))
+        keep(f"{name}-rowwise", five(folder, name, rowwise=True, **FEW))
     more = {"shard": True, "optim.ema": 0.9}
     keep("undisturbed", trained(folder / "undisturbed", **more)[0].state_dict())
     trained(folder / "left", at=AT, **more)

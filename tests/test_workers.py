@@ -82,6 +82,16 @@ def test_gradients_exchanged_by_rows_are_those_exchanged_whole(folder, name):
     assert all(torch.equal(value, rows[key]) for key, value in whole.items())
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_decoders_updated_by_rows_are_those_updated_whole_by_one_worker_and_by_two(folder, name):
+    whole = pair_worker.five(folder, name, **pair_worker.FEW)
+    one = pair_worker.five(folder, name, rowwise=True, **pair_worker.FEW)
+    two = load_file(folder / f"{name}-rowwise.safetensors")
+    for found in (one, two):
+        torch.testing.assert_close(found["said"], whole["said"], atol=1e-5, rtol=1e-5)
+        like(whole, found)
+
+
 def test_a_killed_run_that_shares_parameters_out_ends_as_if_it_had_not_been_killed(folder):
     whole, broken = (load_file(folder / f"{name}.safetensors") for name in ("undisturbed", "killed"))
     assert 1 <= int(broken.pop("resumed")) <= pair_worker.AT

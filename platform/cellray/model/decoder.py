@@ -63,8 +63,8 @@ class Decoder(nn.Module):
         feature: Tensor = self.feature.weight
         bias: Tensor = self.bias
         if ids is not None:
-            # Not feature[ids]: its gradient allows for ids that come twice, and takes longer for it.
-            feature, bias = feature.index_select(0, ids), bias.index_select(0, ids)
+            # Not bias[ids]: its gradient allows for ids that come twice, and takes longer for it.
+            feature, bias = self.feature(ids), bias.index_select(0, ids)
         if log_depth is None:
             log_depth = self.log_depth(cell)
         offset = self.slope * (log_depth - self.reference)

@@ -29,6 +29,7 @@ from cellray.data.faults import retried
 from cellray.train import workers
 from cellray.train.averages import Averages
 from cellray.train.parts import Part, joined
+from cellray.train.rowwise import RowwiseAdamW, matched
 from cellray.train.sharding import own, rows_of, shared_like
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
@@ -190,6 +191,9 @@ def restore(
     parameters = dict(root.named_parameters())
     missing = weights.keys() - tensors.keys()
     assert not missing, f"a checkpoint lacks {sorted(missing)}"
+    by_rows = optimizer.tables if isinstance(optimizer, RowwiseAdamW) else {}
+    tables = [name for name, p in parameters.items() if id(p) in by_rows]
+    tensors = matched(tensors, tables, optimizer.param_groups[0])
     optimizer.state.clear()
     for name, tensor in tensors.items():
         if name in weights:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from cellray.data.store import Store
+from cellray.model.decoder import Decoder
 from cellray.train import checkpoint, sharding, watchdog, workers
 from cellray.train.averages import Averages
 from cellray.train.ending import Stopped
@@ -21,6 +22,7 @@ from cellray.train.feed import Feed, Plan, Share
 from cellray.train.meters import Gauges, Meter, Row
 from cellray.train.parts import Part
 from cellray.train.recipe import Optim, Recipe
+from cellray.train.rowwise import RowwiseAdamW
 from cellray.train.run import Run
 from cellray.train.sampling import balanced
 from cellray.train.skips import Skips
@@ -30,6 +32,8 @@ from cellray.train.trackers import tracked
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
+MANY = 4
+"""A table is updated by rows if a step asks for one in so many of them at the most."""
 NAMED = 8
 """Cells that a warning about a batch names."""
 
@@ -38,7 +42,7 @@ def step(
     stage: Stage,
     share: Share,
     parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: RowwiseAdamW,
     clip: float,
     skips: Skips | None = None,
 ) -> dict[str, float]:
@@ -60,6 +64,8 @@ def step(
     norm = math.nan
     if skips.allows(value):
         whole.backward()
+        # Of a table, no gradient means no rows: the same on all workers, as they ask for the same.
+        parameters = [p for p in parameters if p.grad is not None or id(p) not in optimizer.tables]
         workers.sum_gradients(parameters)
         norm = sharding.clip(parameters, clip)
         if skips.allows(value, norm):
@@ -77,14 +83,20 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     return optim.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def adamw(modules: list[nn.Module], optim: Optim) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+def adamw(
+    modules: list[nn.Module], optim: Optim, *, asked: int = 0
+) -> tuple[list[nn.Parameter], RowwiseAdamW]:
     """The trained parameters and their optimiser; only the matrices of linear layers decay.
 
     What is shared out among the workers and what is not are in groups of their own: they do not mix.
+    Decoders that are asked for `asked` features in a step, and have many more, are updated by rows.
     """
     parameters = [p for module in modules for p in module.parameters()]
-    linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
-    decayed = {id(m.weight) for m in linear}
+    every = [m for module in modules for m in module.modules()]
+    decayed = {id(m.weight) for m in every if isinstance(m, nn.Linear)}
+    decoders = [m for m in every if isinstance(m, Decoder) and asked]
+    # Means of weights are taken of all rows in every step.
+    tables = [d.feature for d in decoders if len(d.bias) >= MANY * asked and not optim.ema]
     kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
     groups = [
         {
@@ -94,7 +106,8 @@ def adamw(modules: list[nn.Module], optim: Optim) -> tuple[list[nn.Parameter], t
         for kind in ((True, False), (False, False), (True, True), (False, True))
         if kind in kinds
     ]
-    return parameters, torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, 0.98), fused=True)
+    tables = [table for table in tables if not isinstance(table.weight, DTensor)]
+    return parameters, RowwiseAdamW(groups, tables, lr=optim.lr, betas=(0.9, 0.98))
 
 
 def fast_bf16(device: str) -> bool:
@@ -151,7 +164,7 @@ class Work:
         for module in stage.trained():
             module.requires_grad_(True)
         self.shares = sharding.Shares(root, self.device) if recipe.shard and workers.world() > 1 else None
-        self.parameters, self.optimizer = adamw(stage.trained(), recipe.optim)
+        self.parameters, self.optimizer = adamw(stage.trained(), recipe.optim, asked=stage.asked)
         trained = {name: p for name, p in root.named_parameters() if p.requires_grad}
         self.averages = Averages(trained, recipe.optim.ema)
         self.plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)
@@ -254,6 +267,7 @@ class Work:
 
     def finish(self) -> None:
         """Make the model what the stage has come to, whole on every worker."""
+        self.optimizer.settle()
         self.averages.put()
         if self.shares:
             self.shares.undo()

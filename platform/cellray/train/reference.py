@@ -90,7 +90,7 @@ class Values:
 
     def __init__(self, setting: settings.Unimodal, teacher: ReferenceTeacher, reader: Reader) -> None:
         self.setting, self.teacher, self.reader = setting, teacher, reader
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, 0
 
     def trained(self) -> list[nn.Module]:
         return [self.teacher.genes.states, self.teacher.guess]
@@ -128,7 +128,7 @@ class Peaks:
 
     def __init__(self, setting: settings.Unimodal, teacher: ReferenceTeacher, reader: Reader) -> None:
         self.setting, self.teacher, self.reader = setting, teacher, reader
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, 0
 
     def trained(self) -> list[nn.Module]:
         return [self.teacher.peaks, self.teacher.decoder("atac")]
@@ -161,7 +161,7 @@ class Pairs:
     ) -> None:
         """`labels`: a number for the label of each cell of the store, -1 where there is none."""
         self.setting, self.teacher, self.reader, self.labels = setting, teacher, reader, labels
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, 0
 
     def trained(self) -> list[nn.Module]:
         t = self.teacher
@@ -229,7 +229,7 @@ class Impute:
         self, setting: settings.Distil, student: ReferenceStudent, vectors: TeacherVectors, reader: Reader
     ) -> None:
         self.setting, self.student, self.vectors, self.reader = setting, student, vectors, reader
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, 0
 
     def trained(self) -> list[nn.Module]:
         return [self.student.predict]
@@ -258,7 +258,7 @@ class Alone:
 
     def __init__(self, setting: settings.Joint, student: ReferenceStudent, reader: Reader) -> None:
         self.setting, self.student, self.reader = setting, student, reader
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, 0
 
     def trained(self) -> list[nn.Module]:
         return [self.student.genes, self.student.joined, self.student.decoder("rna")]

@@ -123,14 +123,13 @@ def clip(parameters: list[nn.Parameter], most: float) -> float:
 
     Gradients of what is whole have to be the sums over the workers already.
     """
-    if not any(isinstance(p, DTensor) for p in parameters):
-        return float(nn.utils.clip_grad_norm_(parameters, most))
     gradients = [p.grad for p in parameters if p.grad is not None]
     rows = [own(g) for g in gradients if isinstance(g, DTensor)]
-    rest = [g for g in gradients if not isinstance(g, DTensor)]
-    squares = workers.total(nn.utils.get_total_norm(rows).square())
-    norm = float((squares + nn.utils.get_total_norm(rest).square()).sqrt())
-    scale = min(1.0, most / (norm + 1e-6))
-    for gradient in [*rows, *rest]:
-        gradient.mul_(scale)
+    rest = [workers.numbers(g) for g in gradients if not isinstance(g, DTensor)]
+    square = nn.utils.get_total_norm(rest).square()
+    if rows:
+        square = square + workers.total(nn.utils.get_total_norm(rows).square())
+    norm = float(square.sqrt())
+    if norm + 1e-6 > most:
+        torch._foreach_mul_([*rows, *rest], most / (norm + 1e-6))
     return norm

@@ -48,6 +48,8 @@ class Stage(Protocol):
 
     name: str
     epochs: float
+    asked: int
+    """Most features that a decoder is asked for in a step; 0 if it is asked for all."""
 
     def trained(self) -> list[nn.Module]:
         """The modules it changes; everything else stays bit for bit."""
@@ -109,7 +111,7 @@ class Unimodal:
         self.vocabulary = tokenizer.vocabularies[modality]
         self.modality = self.vocabulary.modality
         self.name = f"unimodal-{modality}"
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, setting.queries
         self.seed = key_of(seed, self.name)
         self.mask = mask_of(setting, self.vocabulary)
 
@@ -183,7 +185,7 @@ class Joint:
     ) -> None:
         self.setting, self.teacher, self.tokenizer, self.device = setting, teacher, tokenizer, device
         self.contexts = contexts
-        self.epochs = setting.epochs
+        self.epochs, self.asked = setting.epochs, setting.queries
         self.seed = key_of(seed, self.name)
 
     def trained(self) -> list[nn.Module]:
@@ -290,7 +292,7 @@ class Distil:
     def __init__(self, view: View, vectors: TeacherVectors) -> None:
         self.view, self.vectors = view, vectors
         self.name = settings.distil_stage(view.student.kind)
-        self.epochs = view.setting.epochs
+        self.epochs, self.asked = view.setting.epochs, view.setting.queries
 
     def trained(self) -> list[nn.Module]:
         return [*self.view.student.path(), *self.view.student.answers()]
@@ -341,7 +343,7 @@ class Control:
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.epochs = view.setting.epochs
+        self.epochs, self.asked = view.setting.epochs, view.setting.queries
 
     def trained(self) -> list[nn.Module]:
         return [*self.view.student.path(), self.view.student.decoder("rna")]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cellray import heap
 from cellray.data.store import Store
 from cellray.train.feed import Feed, Plan
 from tests.bench.datalayer.synthetic import source_rows
@@ -49,6 +50,7 @@ class Bare:
 
 
 def main() -> None:
+    heap.keep()  # as workers of a training do
     bare = Bare(sys.argv[1])
     serve(bare.deliveries, origins=bare.origins, window=WINDOW, about=f"window of {WINDOW} record batches")
 

@@ -85,7 +85,7 @@ def bare(run: Run, memory: Memory) -> Iterator[Delivery]:
     teacher.train().requires_grad_(False)
     for module in stage.trained():
         module.requires_grad_(True)
-    parameters, optimizer = adamw(stage.trained(), setting.optim)
+    parameters, optimizer = adamw(stage.trained(), setting.optim, asked=stage.asked)
     plan = plan_of(run.store, setting, ~run.test, stage.needs(), stage.reads(), 1.0)
     with Feed(run.store, plan, first=0, rank=0, world=1) as feed:
         batches = [(share.batch, share.cells, share.tokens) for share in itertools.islice(feed, RESIDENT)]
