@@ -105,6 +105,19 @@ def test_gradients_as_small_as_eps_move_rows_as_far_but_for_a_fiftieth(scale):
     assert ((models[0] - models[1])[20:120].abs().amax(1) <= 0.02 * moved).all()
 
 
+def test_compiled_loops_are_the_plain_ones(monkeypatch):
+    found = []
+    for way in (rowwise._compiled, lambda name: getattr(rowwise, name)):
+        monkeypatch.setattr(rowwise, "_compiled", way)
+        model = Model()
+        own = optimizer(model, rowwise=True)
+        take(model, own, range(100))
+        own.settle()
+        found.append(model)
+    close(*found)
+    assert not torch.equal(found[0].table.weight, found[1].table.weight)  # two ways, indeed
+
+
 def test_looking_does_not_bring_rows_up_to_date():
     model = Model()
     own = optimizer(model, rowwise=True)
@@ -188,7 +201,7 @@ def test_what_a_row_owes_is_settled_in_slabs(monkeypatch):
 def test_tables_are_those_of_decoders_with_many_more_features_than_are_asked_for():
     from cellray.model.decoder import Decoder
 
-    decoders = [Decoder(features, 4, "bernoulli") for features in (39, 40, 400)]
+    decoders = [Decoder(features, 4, "bernoulli") for features in (19, 20, 400)]
     modules = [*decoders, nn.Embedding(1000, 4)]
     parameters, own = adamw(modules, Optim(), asked=10)
     assert len(parameters) == sum(1 for m in modules for _ in m.parameters())

@@ -1,6 +1,7 @@
 """Compiling loops. Importing this imports numba, which takes most of a second."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ from numba import njit
 def jit(function: Callable[..., Any]) -> Any:
     """`function` compiled when it is first called, and kept on disk for further processes if that can be.
 
-    Other threads go on while it runs.
+    Other threads go on while it runs. What is divided by zero is infinite, as in numpy: an exception
+    would keep loops from being vectorised.
     """
+    compiled = partial(njit, function, nogil=True, boundscheck=False, error_model="numpy")
     try:
-        return njit(nogil=True, boundscheck=False, cache=True)(function)
+        return compiled(cache=True)
     except RuntimeError:  # there is no folder that can be written to
-        return njit(nogil=True, boundscheck=False)(function)
+        return compiled(cache=False)
 
 
 def still(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -148,3 +148,37 @@ def dense(offsets, ids, counts, place, width):  # type: ignore[no-untyped-def]
             if at >= 0:
                 found[c, at] = counts[j]
     return found
+
+
+@jit
+def settled_rows(weight, mean, square, last, owed, rows, now, betas, eps):  # type: ignore[no-untyped-def]
+    """As `rowwise.settled_rows`, in place. All [features, width] but `last` and `owed`."""
+    for k in range(len(rows)):
+        r = rows[k]
+        age = now - last[r]
+        if age == 0:
+            continue
+        large, small = np.float32(owed[last[r], 0]), np.float32(owed[last[r], 1])
+        first, second = np.float32(betas[0] ** age), np.float32(betas[1] ** age)
+        both, rest = large * small, np.float32(eps) * large + np.float32(1e-37)
+        own_weight, own_mean, own_square = weight[r], mean[r], square[r]
+        for c in range(weight.shape[1]):
+            own_weight[c] -= own_mean[c] * both / (np.sqrt(own_square[c]) * small + rest)
+            own_mean[c] *= first
+            own_square[c] *= second
+        last[r] = now
+
+
+@jit
+def moved_rows(weight, mean, square, last, owed, rows, now, gradient, betas, rate, eps):  # type: ignore[no-untyped-def]
+    """As `rowwise.moved_rows`, in place; `gradient` float32 [rows, width]."""
+    first, second = np.float32(1 - betas[0]), np.float32(1 - betas[1])
+    decay, size, least = np.float32(betas[1]), np.float32(rate), np.float32(eps)
+    for k in range(len(rows)):
+        r = rows[k]
+        own_weight, own_mean, own_square, own = weight[r], mean[r], square[r], gradient[k]
+        for c in range(weight.shape[1]):
+            own_mean[c] += first * (own[c] - own_mean[c])
+            own_square[c] = decay * own_square[c] + second * own[c] * own[c]
+            own_weight[c] -= size * own_mean[c] / (np.sqrt(own_square[c]) + least)
+        last[r] = now

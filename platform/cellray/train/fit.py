@@ -32,7 +32,7 @@ from cellray.train.trackers import tracked
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
-MANY = 4
+MANY = 2
 """A table is updated by rows if a step asks for one in so many of them at the most."""
 NAMED = 8
 """Cells that a warning about a batch names."""

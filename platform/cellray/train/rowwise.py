@@ -6,7 +6,7 @@ are those of AdamW, for the price of the rows that are asked for: of 120,000 pea
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,8 @@ SLAB = 1 << 14
 """Rows that are settled at a time."""
 NOTHING = 1e-9
 """What a row still has to move, as a share of its last step, when it is taken to stand still."""
-
-
-TINY = 1e-38
-"""Divides what is 0 already."""
+TINY = 1e-37
+"""Divides the 0 of a row that has moved in the last step."""
 
 
 def matched(
@@ -98,8 +96,8 @@ class RowwiseAdamW(torch.optim.AdamW):
         """Before the forward of a table: what it is asked for has to be up to date."""
         weight = table.weight
         assert isinstance(weight, nn.Parameter)
-        if torch.is_grad_enabled() and self.state[weight]:
-            _catch_up(weight, self.state[weight], self._group[id(weight)], arguments[0])
+        if torch.is_grad_enabled():
+            catch_up(weight, self.state[weight], self._group[id(weight)], arguments[0])
 
     def _step(self, p: Tensor, gradient: Tensor | None) -> None:
         state, group = self.state[p], self._group[id(p)]
@@ -115,15 +113,10 @@ class RowwiseAdamW(torch.optim.AdamW):
         now, (first, second) = int(state["step"]), group["betas"]
         rate, root = group["lr"] / (1 - first**now), math.sqrt(1 - second**now)
         state["owed"] = _moved(state["owed"], now, (rate * root, rate), (first / math.sqrt(second), first))
-        if gradient is None:
-            return
-        rows, own = gradient._indices()[0], gradient._values()
-        mean = state["exp_avg"].index_select(0, rows).lerp_(own, 1 - first)
-        square = state["exp_avg_sq"].index_select(0, rows).mul_(second).addcmul_(own, own, value=1 - second)
-        p.index_add_(0, rows, mean / square.sqrt().add_(group["eps"] * root), alpha=-rate * root)
-        state["exp_avg"].index_copy_(0, rows, mean)
-        state["exp_avg_sq"].index_copy_(0, rows, square)
-        state["last"].index_fill_(0, rows, now)
+        if gradient is not None:
+            move = _compiled("moved_rows") if p.device.type == "cpu" else moved_rows
+            rows, own = gradient.indices()[0], gradient.values()
+            move(p, state, rows, own, (first, second), rate * root, group["eps"] * root)
 
 
 def _moved(owed: Tensor, now: int, size: tuple[float, float], shrink: tuple[float, float]) -> Tensor:
@@ -137,26 +130,66 @@ def _moved(owed: Tensor, now: int, size: tuple[float, float], shrink: tuple[floa
 
 
 @torch.no_grad()
-def catch_up(weight: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-    """Bring all rows of a table to the last step, in place; `group` has AdamW's `betas` and `eps`."""
-    if state:
-        for rows in torch.arange(len(weight), device=weight.device).split(SLAB):
-            _catch_up(weight, state, group, rows)
+def catch_up(
+    weight: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], rows: Tensor | None = None
+) -> None:
+    """Bring rows of a table, or all, to the last step, in place; `group` has AdamW's `betas` and `eps`."""
+    if not state:
+        return
+    settle = _compiled("settled_rows") if weight.device.type == "cpu" else settled_rows
+    every = torch.arange(len(weight), device=weight.device) if rows is None else rows
+    for some in every.split(SLAB):
+        settle(weight, state, some, group["betas"], group["eps"])
 
 
-@torch.no_grad()
-def _catch_up(weight: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], rows: Tensor) -> None:
-    first, second = group["betas"]
-    now = int(state["step"])
+def settled_rows(
+    weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, betas: tuple[float, float], eps: float
+) -> None:
+    """Bring `rows` to the last step, on any device.
+
+    AdamW divides by root + eps, of which the root shrinks and eps does not. What a row has moved since is
+    what it comes to if one is much larger than the other, and near it between.
+    """
     last = state["last"].index_select(0, rows)
-    age = (now - last)[:, None].float()
+    age = (int(state["step"]) - last)[:, None].float()
     large, small = state["owed"].to(weight.device)[last.long()].float().split(1, dim=1)
     mean = state["exp_avg"].index_select(0, rows)
     square = state["exp_avg_sq"].index_select(0, rows)
-    # AdamW divides by root + eps, of which the root shrinks and eps does not. This is what it comes to if
-    # one is much larger than the other, and near it between.
-    wide = square.sqrt() * small + group["eps"] * large
-    weight.index_add_(0, rows, mean * large * small / wide.clamp_min(TINY), alpha=-1)
-    state["exp_avg"].index_copy_(0, rows, mean * first**age)
-    state["exp_avg_sq"].index_copy_(0, rows, square * second**age)
-    state["last"].index_fill_(0, rows, now)
+    wide = square.sqrt() * small + (eps * large + TINY)
+    weight.index_add_(0, rows, mean * (large * small) / wide, alpha=-1)
+    state["exp_avg"].index_copy_(0, rows, mean * betas[0] ** age)
+    state["exp_avg_sq"].index_copy_(0, rows, square * betas[1] ** age)
+    state["last"].index_fill_(0, rows, int(state["step"]))
+
+
+def moved_rows(
+    weight: Tensor,
+    state: Mapping[str, Tensor],
+    rows: Tensor,
+    gradient: Tensor,
+    betas: tuple[float, float],
+    rate: float,
+    eps: float,
+) -> None:
+    """AdamW's step for `rows`, whose gradients are `gradient` [rows, width], on any device."""
+    mean = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - betas[0])
+    square = state["exp_avg_sq"].index_select(0, rows)
+    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    weight.index_add_(0, rows, mean / square.sqrt().add_(eps), alpha=-rate)
+    state["exp_avg"].index_copy_(0, rows, mean)
+    state["exp_avg_sq"].index_copy_(0, rows, square)
+    state["last"].index_fill_(0, rows, int(state["step"]))
+
+
+def _compiled(name: str) -> Callable[..., None]:
+    """The same by a compiled loop, in one pass over the memory."""
+    from cellray.train import compiled  # numba, which an embedder need not import
+
+    loop = getattr(compiled, name)
+
+    def run(weight: Tensor, state: Mapping[str, Tensor], rows: Tensor, *more: Any) -> None:
+        parts = [state[part].numpy() for part in ("exp_avg", "exp_avg_sq", "last", "owed")]
+        given = [value.detach().numpy() if isinstance(value, Tensor) else value for value in more]
+        loop(weight.detach().numpy(), *parts, rows.numpy(), int(state["step"]), *given)
+
+    return run

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cellray import cluster, heap
-from cellray.train import stages
+from cellray.train import sharding, stages, workers
 from cellray.train.chain import chain
 from cellray.train.ending import Stopped
 from cellray.train.feed import Feed
@@ -97,7 +96,8 @@ def bare(run: Run, memory: Memory) -> Iterator[Delivery]:
                 losses = stage.losses(batch, step).values()
                 loss = sum((x.weight / max(x.count, 1.0) * x.sum for x in losses), torch.zeros(()))
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, setting.optim.clip)
+            workers.sum_gradients(parameters)
+            sharding.clip(parameters, setting.optim.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             yield cells, tokens, None
