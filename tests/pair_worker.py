@@ -169,12 +169,10 @@ def main():
     if rank == 0:
         shutil.copytree(folder / "left", folder / "killed")
     dist.barrier()
-    root, events = trained(folder / "killed", **more)
-    resumed = [event["resumed"] for event in events if "resumed" in event]
-    keep("killed", root.state_dict() | {"resumed": torch.tensor(resumed)})
-    root, events = trained(folder / "taken", **more)
-    resumed = [event["resumed"] for event in events if "resumed" in event]
-    keep("taken", root.state_dict() | {"resumed": torch.tensor(resumed)})
+    for name, changes in (("killed", more), ("taken", more), ("by-rows", {"shard": True, **FEW})):
+        root, events = trained(folder / name, **changes)
+        resumed = [event["resumed"] for event in events if "resumed" in event]
+        keep(name, root.state_dict() | {"resumed": torch.tensor(resumed)})
     dist.barrier()
     dist.destroy_process_group()
 

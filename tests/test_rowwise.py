@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cellray.train import checkpoint, rowwise
 from cellray.train.fit import adamw
 from cellray.train.recipe import Optim
 from cellray.train.rowwise import RowwiseAdamW, catch_up
+from tests import pair_worker
 
 ROWS, WIDTH = 200, 6
 
@@ -196,6 +198,22 @@ def test_what_a_row_owes_is_settled_in_slabs(monkeypatch):
         found.append(weight)
     assert torch.equal(*found)
     assert not torch.equal(found[0], model.table.weight)
+
+
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
+    few = pair_worker.FEW
+    whole, _ = pair_worker.trained(tmp_path / "whole", **few)
+    pair_worker.trained(tmp_path / "killed", at=pair_worker.AT, **few)
+    names = [
+        name
+        for path in (tmp_path / "killed").glob("checkpoints/joint/*/state.safetensors")
+        for name in load_file(path)
+    ]
+    assert any(name.endswith("feature.weight.last") for name in names)
+    broken, events = pair_worker.trained(tmp_path / "killed", **few)
+    assert any("resumed" in event for event in events)
+    for one, other in zip(whole.parameters(), broken.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_tables_are_those_of_decoders_with_many_more_features_than_are_asked_for():

@@ -22,9 +22,10 @@ from tests.pair_worker import STAGES
 def folder(tmp_path_factory):
     """What two workers came to, all they are asked for: see tests/pair_worker.py."""
     folder = tmp_path_factory.mktemp("pair")
-    for name in ("", "undisturbed", "left", "taken", "alone"):
+    for name in ("", "undisturbed", "left", "taken", "alone", "by-rows"):
         _ = stores.run(folder / name).test  # writes the split, so that no two workers do it at once
     pair_worker.trained(folder / "taken", at=pair_worker.AT, **{"optim.ema": 0.9})
+    pair_worker.trained(folder / "by-rows", at=pair_worker.AT, **pair_worker.FEW)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
     command = [sys.executable, "-m", "tests.pair_worker", str(folder)]
@@ -111,3 +112,9 @@ def test_one_worker_goes_on_from_what_two_wrote_and_two_from_what_one_wrote(fold
     for found in (root.state_dict(), one.state_dict(), taken):
         like(whole, found)
     assert checkpoint.steps(str(folder / "left" / "checkpoints" / "joint")) == []
+
+
+def test_two_workers_that_share_decoders_out_go_on_from_what_one_left_that_updates_them_by_rows(folder):
+    found = load_file(folder / "by-rows.safetensors")
+    assert int(found.pop("resumed")) >= 1
+    like(pair_worker.trained(folder / "alone-by-rows", **pair_worker.FEW)[0].state_dict(), found)
