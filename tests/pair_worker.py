@@ -34,6 +34,8 @@ RATES = Optim(lr=1e-3, spike=0.0)
 
 FEW = {"unimodal.queries": 16, "joint.queries": 16, "distil.queries": 16}
 """So few features asked for that decoders are updated by rows."""
+READ = 60
+"""Tokens read in a step, as it is said, by which encoders of genes and peaks are updated by rows too."""
 
 
 @contextlib.contextmanager
@@ -44,7 +46,8 @@ def prepared(run, name, shared, *, rowwise=False):
     for module in work.trained():
         module.requires_grad_(True)
     shares = sharding.Shares(root, "cpu") if shared else None
-    parameters, optimizer = adamw(work.trained(), RATES, asked=work.asked if rowwise else 0)
+    needed = {"asked": work.asked, "read": READ} if rowwise else {}
+    parameters, optimizer = adamw(work.trained(), RATES, **needed)
     assert bool(optimizer.tables) == rowwise
     yield work, root, parameters, optimizer
     optimizer.settle()
@@ -65,7 +68,7 @@ def five(folder, name, shared=False, *, rowwise=False, **changes):
     return result(root, said)
 
 
-def lacking(folder, shared=False):
+def lacking(folder, shared=False, *, rowwise=False):
     """As `five`, where at some steps one worker's cells, or those of all, lack some modalities."""
     run, said = stores.run(folder), []
     present = run.store.cells["present"].to_numpy()
@@ -78,7 +81,7 @@ def lacking(folder, shared=False):
         (every[50:55], every[55:60]),
     ]
     assert all(len(half) >= 5 for pair in halves for half in pair)
-    with prepared(run, "joint", shared) as (work, root, parameters, optimizer):
+    with prepared(run, "joint", shared, rowwise=rowwise) as (work, root, parameters, optimizer):
         for number, pair in enumerate(halves):
             rows = pair[workers.rank()] if workers.world() > 1 else np.concatenate(pair)
             share = Share(number, len(rows), 0, run.store.read(rows))
@@ -157,6 +160,7 @@ def main():
         for name in STAGES:
             keep(f"{name}-{how}", five(folder, name, shared))
         keep(f"lacking-{how}", lacking(folder, shared))
+    keep("lacking-rowwise", lacking(folder, rowwise=True))
     workers.TABLE = 0
     keep("summed", summed(rank))
     for name in STAGES:

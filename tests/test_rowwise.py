@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cellray.model.decoder import Decoder
+from cellray.model.encoder import Encoder
 from cellray.train import checkpoint, rowwise
 from cellray.train.fit import adamw
 from cellray.train.recipe import Optim
@@ -216,13 +218,14 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_tables_are_those_of_decoders_with_many_more_features_than_are_asked_for():
-    from cellray.model.decoder import Decoder
-
+def test_tables_are_those_with_many_more_features_than_a_step_needs():
     decoders = [Decoder(features, 4, "bernoulli") for features in (19, 20, 400)]
-    modules = [*decoders, nn.Embedding(1000, 4)]
-    parameters, own = adamw(modules, Optim(), asked=10)
+    encoders = [Encoder(features, 4, 1, 1, 8) for features in (59, 60)]
+    modules = [*decoders, *encoders, nn.Embedding(1000, 4)]
+    parameters, own = adamw(modules, Optim(), asked=10, read=30)
     assert len(parameters) == sum(1 for m in modules for _ in m.parameters())
-    assert list(own.tables) == [id(d.feature.weight) for d in decoders[1:]]
+    assert list(own.tables) == [
+        id(t.weight) for t in (decoders[1].feature, decoders[2].feature, encoders[1].feature)
+    ]
     assert not adamw(modules, Optim())[1].tables
-    assert not adamw(modules, Optim(ema=0.9), asked=10)[1].tables
+    assert not adamw(modules, Optim(ema=0.9), asked=10, read=30)[1].tables

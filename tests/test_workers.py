@@ -63,7 +63,7 @@ def test_two_workers_equal_one(folder, name, how):
     like(one, two)
 
 
-@pytest.mark.parametrize("how", ["whole", "shared"])
+@pytest.mark.parametrize("how", ["whole", "shared", "rowwise"])
 def test_a_modality_that_a_worker_has_no_cell_of_makes_no_difference(folder, how):
     one, two = alone(folder, "lacking"), load_file(folder / f"lacking-{how}.safetensors")
     torch.testing.assert_close(two["said"], one["said"], atol=1e-5, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_gradients_exchanged_by_rows_are_those_exchanged_whole(folder, name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_decoders_updated_by_rows_are_those_updated_whole_by_one_worker_and_by_two(folder, name):
+def test_tables_updated_by_rows_are_those_updated_whole_by_one_worker_and_by_two(folder, name):
     whole = pair_worker.five(folder, name, **pair_worker.FEW)
     one = pair_worker.five(folder, name, rowwise=True, **pair_worker.FEW)
     two = load_file(folder / f"{name}-rowwise.safetensors")

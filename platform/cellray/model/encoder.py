@@ -185,9 +185,11 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens, withheld: Tensor | None = None) -> Encoded:
         """`withheld` [width] stands where a value is hidden; it is needed where some are."""
         codes, weights = self.value.read(tokens, self.unit)
-        weighted = F.embedding_bag(
-            tokens.ids, self.feature.weight, tokens.offsets[:-1], mode="sum", per_sample_weights=weights
-        )
+        feature, ids = self.feature.weight, tokens.ids
+        if self.feature.sparse:  # in training by rows: these are all that is read of it
+            rows, ids = torch.unique(ids, return_inverse=True)
+            feature = self.feature(rows)
+        weighted = F.embedding_bag(ids, feature, tokens.offsets[:-1], mode="sum", per_sample_weights=weights)
         depth = steady(self.depth, (tokens.depth - self.reference)[:, None])
         cls = self.cls + depth + steady(self.bag, weighted)
         for column, vectors in enumerate(self.about):
@@ -197,7 +199,7 @@ class Encoder(nn.Module):
         said = self.value(codes[within])
         if withheld is not None:
             said = torch.where(tokens.hidden[within][:, None], withheld, said)
-        x = self.feature(tokens.ids[within]) + said
+        x = F.embedding(ids[within], feature) + said
         summary, states, order = self._attended(x, cls, offsets)
         return Encoded(summary, states, within[order], len(tokens.ids))
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from cellray.data.store import Store
 from cellray.model.decoder import Decoder
+from cellray.model.encoder import Encoder
 from cellray.train import checkpoint, sharding, watchdog, workers
 from cellray.train.averages import Averages
 from cellray.train.ending import Stopped
@@ -33,7 +34,7 @@ Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
 MANY = 2
-"""A table is updated by rows if a step asks for one in so many of them at the most."""
+"""A table is updated by rows if a step needs one in so many of them at the most."""
 NAMED = 8
 """Cells that a warning about a batch names."""
 
@@ -64,9 +65,7 @@ def step(
     norm = math.nan
     if skips.allows(value):
         whole.backward()
-        # Of a table, no gradient means no rows: the same on all workers, as they ask for the same.
-        parameters = [p for p in parameters if p.grad is not None or id(p) not in optimizer.tables]
-        workers.sum_gradients(parameters)
+        workers.sum_gradients(parameters, optimizer.tables)
         norm = sharding.clip(parameters, clip)
         if skips.allows(value, norm):
             optimizer.step()
@@ -84,19 +83,21 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def adamw(
-    modules: list[nn.Module], optim: Optim, *, asked: int = 0
+    modules: list[nn.Module], optim: Optim, *, asked: int = 0, read: int = 0
 ) -> tuple[list[nn.Parameter], RowwiseAdamW]:
     """The trained parameters and their optimiser; only the matrices of linear layers decay.
 
     What is shared out among the workers and what is not are in groups of their own: they do not mix.
-    Decoders that are asked for `asked` features in a step, and have many more, are updated by rows.
+    Decoders that are asked for `asked` features in a step, and encoders that read `read` tokens, are
+    updated by rows if they have many more features.
     """
     parameters = [p for module in modules for p in module.parameters()]
     every = [m for module in modules for m in module.modules()]
     decayed = {id(m.weight) for m in every if isinstance(m, nn.Linear)}
-    decoders = [m for m in every if isinstance(m, Decoder) and asked]
+    used = [(m.feature, asked) for m in every if isinstance(m, Decoder)]
+    used += [(m.feature, read) for m in every if isinstance(m, Encoder)]
     # Means of weights are taken of all rows in every step.
-    tables = [d.feature for d in decoders if len(d.bias) >= MANY * asked and not optim.ema]
+    tables = [table for table, most in used if 0 < MANY * most <= table.num_embeddings and not optim.ema]
     kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
     groups = [
         {
@@ -164,7 +165,9 @@ class Work:
         for module in stage.trained():
             module.requires_grad_(True)
         self.shares = sharding.Shares(root, self.device) if recipe.shard and workers.world() > 1 else None
-        self.parameters, self.optimizer = adamw(stage.trained(), recipe.optim, asked=stage.asked)
+        self.parameters, self.optimizer = adamw(
+            stage.trained(), recipe.optim, asked=stage.asked, read=recipe.feed.tokens
+        )
         trained = {name: p for name, p in root.named_parameters() if p.requires_grad}
         self.averages = Averages(trained, recipe.optim.ema)
         self.plan = plan_of(run.store, recipe, eligible, stage.needs(), stage.reads(), stage.epochs)

@@ -2,7 +2,7 @@
 
 In such a step a row has no gradient: its moments shrink, and it moves on by what is left of them. All that
 follows from the row as it was asked for last, so it is made up for when it is asked for next. The updates
-are those of AdamW, for the price of the rows that are asked for: of 120,000 peaks some 1,000 in a step.
+are those of AdamW, for the price of the rows that are asked for: of 120,000 peaks some thousand in a step.
 """
 
 import math
@@ -52,7 +52,7 @@ class RowwiseAdamW(torch.optim.AdamW):
     entries in `state`: `last` [rows], the step a row was brought to, and `owed` [steps and room for
     more, 2], how far a row that was brought to that step has moved since, in units of what it moves in
     a step of size 1: if the root of its second moment is large against `eps`, and if it is small.
-    Gradients of tables are sparse tensors, on every worker of the same rows.
+    Gradients of tables are sparse tensors, coalesced, on every worker of the same rows.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ class RowwiseAdamW(torch.optim.AdamW):
                 "last": torch.zeros(len(p), dtype=torch.int32, device=p.device),
                 "owed": torch.zeros(1, 2, dtype=torch.float64),
             }
+        if gradient is not None:  # what only other workers needed is behind on this one
+            catch_up(p, state, group, gradient.indices()[0])
         state["step"] += 1
         now, (first, second) = int(state["step"]), group["betas"]
         rate, root = group["lr"] / (1 - first**now), math.sqrt(1 - second**now)

@@ -1,6 +1,6 @@
 """What workers tell each other: sums, and rows whose gradients flow back. With one worker, nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -55,21 +55,27 @@ TABLE = 1 << 18
 """Numbers from which on a gradient is exchanged by rows, where that is less: 1 MB of them."""
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter], tables: Container[int] = ()) -> None:
     """Replace every gradient by its sum over the workers; zeros where there is none.
+
+    Those of `tables`, by `id`, are sparse, and have no rows where there is none.
 
     Losses are divided by global counts before they are differentiated, so the sum over workers
     is the gradient of the one-worker loss. What is shared out among the workers has been summed before.
-    Of sparse gradients all workers have the same rows. Of large tables, one row a feature, they exchange
-    the rows that any of them has something in, and a byte for every row to find them.
+    Of tables and other large parameters, one row a feature, workers exchange the rows that any of them
+    has something in, and a byte for every row to find them.
     """
     found = [p for p in parameters if p.requires_grad]
     for p in found:
         # With one worker too: the optimizer passes over what has no gradient, and moves what has zeros.
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            none = torch.empty(0, dtype=torch.int64, device=p.device)
+            by_rows = id(p) in tables
+            p.grad = _rows_of(p, none, p.new_empty(0, *p.shape[1:])) if by_rows else torch.zeros_like(p)
         elif p.grad.is_sparse:
             p.grad = p.grad.coalesce()
+    if world() > 1:
+        _unite([p for p in found if p.grad is not None and p.grad.is_sparse])
     gradients = [numbers(p.grad) for p in found if p.grad is not None and not isinstance(p, DTensor)]
     if world() == 1 or not gradients:
         return
@@ -82,6 +88,28 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             g.copy_(own.view_as(g))
         else:
             g.index_copy_(0, rows[id(g)], own.view_as(part))
+
+
+def _unite(tables: list[nn.Parameter]) -> None:
+    """Give each sparse gradient the rows that any worker's has, zeros where this worker has none."""
+    if not tables:
+        return
+    own = [p.grad for p in tables if p.grad is not None]
+    flags = [torch.zeros(len(g), dtype=torch.uint8, device=g.device) for g in own]
+    for flag, g in zip(flags, own, strict=True):
+        flag[g.indices()[0]] = 1
+    every = torch.cat(flags)
+    dist.all_reduce(every, op=dist.ReduceOp.MAX)
+    for p, g, flag in zip(tables, own, every.split([len(g) for g in own]), strict=True):
+        rows = flag.nonzero().squeeze(1)
+        values = g.values().new_zeros(len(rows), *g.shape[1:])
+        values[torch.searchsorted(rows, g.indices()[0])] = g.values()
+        p.grad = _rows_of(g, rows, values)
+
+
+def _rows_of(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """A sparse tensor of the shape of `table` with `values` at `rows`, which rise."""
+    return torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
 
 
 def numbers(gradient: Tensor) -> Tensor:

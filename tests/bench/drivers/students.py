@@ -58,7 +58,7 @@ def trained(run: Run, way: str) -> Iterator[Delivery]:
     student.train().requires_grad_(False)
     for module in stage.trained():
         module.requires_grad_(True)
-    parameters, optimizer = adamw(stage.trained(), setting.optim, asked=stage.asked)
+    parameters, optimizer = adamw(stage.trained(), setting.optim, asked=stage.asked, read=setting.feed.tokens)
     plan = plan_of(run.store, setting, ~run.test, stage.needs(), stage.reads(), 1.0)
     while True:
         with Feed(run.store, plan, first=0, rank=0, world=1) as feed:

@@ -84,7 +84,7 @@ def bare(run: Run, memory: Memory) -> Iterator[Delivery]:
     teacher.train().requires_grad_(False)
     for module in stage.trained():
         module.requires_grad_(True)
-    parameters, optimizer = adamw(stage.trained(), setting.optim, asked=stage.asked)
+    parameters, optimizer = adamw(stage.trained(), setting.optim, asked=stage.asked, read=setting.feed.tokens)
     plan = plan_of(run.store, setting, ~run.test, stage.needs(), stage.reads(), 1.0)
     with Feed(run.store, plan, first=0, rank=0, world=1) as feed:
         batches = [(share.batch, share.cells, share.tokens) for share in itertools.islice(feed, RESIDENT)]
@@ -96,7 +96,7 @@ def bare(run: Run, memory: Memory) -> Iterator[Delivery]:
                 losses = stage.losses(batch, step).values()
                 loss = sum((x.weight / max(x.count, 1.0) * x.sum for x in losses), torch.zeros(()))
             loss.backward()
-            workers.sum_gradients(parameters)
+            workers.sum_gradients(parameters, optimizer.tables)
             sharding.clip(parameters, setting.optim.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
