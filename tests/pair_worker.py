@@ -34,7 +34,7 @@ RATES = Optim(lr=1e-3, spike=0.0)
 
 FEW = {"unimodal.queries": 16, "joint.queries": 16, "distil.queries": 16}
 """So few features asked for that decoders are updated by rows."""
-READ = 60
+READ = 120
 """Tokens read in a step, as it is said, by which encoders of genes and peaks are updated by rows too."""
 
 

@@ -222,10 +222,10 @@ def test_tables_are_those_with_many_more_features_than_a_step_needs():
     decoders = [Decoder(features, 4, "bernoulli") for features in (19, 20, 400)]
     encoders = [Encoder(features, 4, 1, 1, 8) for features in (59, 60)]
     modules = [*decoders, *encoders, nn.Embedding(1000, 4)]
-    parameters, own = adamw(modules, Optim(), asked=10, read=30)
+    parameters, own = adamw(modules, Optim(), asked=10, read=60)
     assert len(parameters) == sum(1 for m in modules for _ in m.parameters())
     assert list(own.tables) == [
         id(t.weight) for t in (decoders[1].feature, decoders[2].feature, encoders[1].feature)
     ]
     assert not adamw(modules, Optim())[1].tables
-    assert not adamw(modules, Optim(ema=0.9), asked=10, read=30)[1].tables
+    assert not adamw(modules, Optim(ema=0.9), asked=10, read=60)[1].tables

@@ -95,7 +95,8 @@ def adamw(
     every = [m for module in modules for m in module.modules()]
     decayed = {id(m.weight) for m in every if isinstance(m, nn.Linear)}
     used = [(m.feature, asked) for m in every if isinstance(m, Decoder)]
-    used += [(m.feature, read) for m in every if isinstance(m, Encoder)]
+    # Tokens of several cells are of the same features.
+    used += [(m.feature, read // 2) for m in every if isinstance(m, Encoder)]
     # Means of weights are taken of all rows in every step.
     tables = [table for table, most in used if 0 < MANY * most <= table.num_embeddings and not optim.ema]
     kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
