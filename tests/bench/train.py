@@ -24,10 +24,22 @@ if TYPE_CHECKING:
 
     Section = Callable[[], Iterator[Sequence[Driver]]]
 
-SECTIONS = ("packing", "logits", "overhead", "context", "workers", "student", "peaks", "genes", "bf16", "gpu")
+SECTIONS = (
+    "packing",
+    "logits",
+    "overhead",
+    "context",
+    "workers",
+    "student",
+    "peaks",
+    "tables",
+    "genes",
+    "bf16",
+    "gpu",
+)
 QUICK = ("packing", "logits", "overhead", "workers", "student", "genes", "gpu")
 """What --quick measures of these."""
-PEAKS = {"student": 25_000, "peaks": 120_000}
+PEAKS = {"student": 25_000, "peaks": 120_000, "tables": 1_150_000}
 
 
 def arguments() -> argparse.Namespace:
@@ -92,6 +104,7 @@ def made(report: "Report", place: object, options: argparse.Namespace) -> "dict[
         "workers": lambda: loops.workers(report, place, effort, cores),
         "student": lambda: costs.student(report, place, effort, PEAKS["student"]),
         "peaks": lambda: costs.student(report, place, effort, PEAKS["peaks"]),
+        "tables": lambda: costs.tables(report, place, effort, PEAKS["peaks"], PEAKS["tables"]),
         "genes": lambda: costs.published(report, effort, shape, "fp32"),
         "bf16": lambda: costs.published(report, effort, shape, "bf16"),
         "gpu": lambda: gpu.rows(report, options.rounds, 2 if options.quick else 10),

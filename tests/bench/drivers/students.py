@@ -1,8 +1,9 @@
-"""Stage 3: epochs of the student and of its control, and the student beside the teacher's RNA path.
+"""Steps of stage 3, of its control and of stage 1 over peaks; the student beside the teacher's RNA path.
 
 python -m tests.bench.drivers.students WAY STORE RUN PRECISION [key=value …]
 
 distil, control    steps of the stage, through the feed, the teacher's vectors in memory
+peaks, whole       steps of stage 1 of ATAC, through the feed, its tables updated by rows, or whole
 student, teacher   embeddings of cells whose tokens are in memory, from RNA alone
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from cellray import heap
 from cellray.data.store import Store
@@ -20,7 +22,7 @@ from cellray.train.batches import plain_tokens, present
 from cellray.train.feed import Feed
 from cellray.train.fit import adamw, plan_of, step
 from cellray.train.run import Run
-from cellray.train.stages import Control, Distil, View
+from cellray.train.stages import Control, Distil, Stage, Unimodal, View
 from cellray.train.targets import TeacherVectors
 from tests.bench.drivers.genes import precision
 from tests.bench.drivers.training import recipe
@@ -50,15 +52,28 @@ def vectors(store: Store, width: int) -> TeacherVectors:
     return TeacherVectors(pa.table(columns).replace_schema_metadata({"cellray": about}), cell_ids)
 
 
+def staged(run: Run, way: str) -> tuple[Stage, nn.Module]:
+    """The stage, and the module that holds what it trains."""
+    setting, seed = run.recipe, run.recipe.seed
+    if way in ("peaks", "whole"):
+        teacher = run.teacher()
+        return Unimodal(setting.unimodal, teacher, run.tokenizer, "atac", seed=seed, device="cpu"), teacher
+    student = run.student()
+    view = View(setting.distil, student, run.tokenizer, seed=seed, device="cpu")
+    if way == "control":
+        return Control(view), student
+    return Distil(view, vectors(run.store, setting.network.width)), student
+
+
 def trained(run: Run, way: str) -> Iterator[Delivery]:
-    """Steps of an epoch of stage 3, and of the next ones; the network goes on."""
-    setting, student = run.recipe, run.student()
-    view = View(setting.distil, student, run.tokenizer, seed=setting.seed, device="cpu")
-    stage = Control(view) if way == "control" else Distil(view, vectors(run.store, setting.network.width))
-    student.train().requires_grad_(False)
+    """Steps of an epoch of a stage, and of the next ones; the network goes on."""
+    setting = run.recipe
+    stage, root = staged(run, way)
+    root.train().requires_grad_(False)
     for module in stage.trained():
         module.requires_grad_(True)
-    parameters, optimizer = adamw(stage.trained(), setting.optim, asked=stage.asked, read=setting.feed.tokens)
+    needed = {} if way == "whole" else {"asked": stage.asked, "read": setting.feed.tokens}
+    parameters, optimizer = adamw(stage.trained(), setting.optim, **needed)
     plan = plan_of(run.store, setting, ~run.test, stage.needs(), stage.reads(), 1.0)
     while True:
         with Feed(run.store, plan, first=0, rank=0, world=1) as feed:
@@ -91,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     run = Run(recipe(store, folder, words))
     with precision(name):
-        found = (trained if way in ("distil", "control") else embedded)(run, way)
+        found = (embedded if way in ("student", "teacher") else trained)(run, way)
         serve(lambda: found, first=4, about=name)
 
 

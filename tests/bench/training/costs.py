@@ -163,6 +163,41 @@ BASELINES = {
 READS = {"ours": "all of them attended", "ours, first 512": "512 attended, all gathered"}
 
 
+def tables(report: Report, place: Place, effort: Effort, few: int, many: int) -> Iterator[Sequence[Driver]]:
+    """Stage 1 over few peaks and over many, the vectors of peaks updated by rows, and whole."""
+
+    def driver(way: str, peaks: int) -> Driver:
+        run = place.run(f"{way}-{peaks}")
+        return Driver(f"{way} {peaks}", STUDENTS, [way, str(place.store(peaks)), str(run), "bf16"])
+
+    ways = "peaks", "whole"
+    drivers = {(way, peaks): driver(way, peaks) for peaks in (few, many) for way in ways}
+    yield list(drivers.values())
+    in_turns(list(drivers.values()), rounds=effort.rounds, seconds=effort.seconds)
+    for peaks in (few, many):
+        rates = drivers["peaks", peaks].rates
+        value, note = ratio(rates, drivers["whole", peaks].rates)
+        report.add(
+            Row(
+                what=f"stage 1, {peaks:,} peaks, updated by rows / whole",
+                value=value,
+                unit="times the rate",
+                baseline="AdamW over the vectors of all peaks",
+                note=f"recipe small, {statistics.median(rates):,.0f} cells/CPU-s; {note}",
+            )
+        )
+    value, note = ratio(drivers["peaks", many].rates, drivers["peaks", few].rates)
+    report.add(
+        Row(
+            what=f"stage 1, {many:,} peaks / {few:,}",
+            value=value,
+            unit="times the rate",
+            baseline="the fewer peaks",
+            note=note,
+        )
+    )
+
+
 def student(report: Report, place: Place, effort: Effort, peaks: int) -> Iterator[Sequence[Driver]]:
     """Stage 3 against its control, and the student against the teacher's RNA path."""
     store = str(place.store(peaks))
