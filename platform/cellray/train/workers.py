@@ -68,12 +68,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], tables: Container[int] = (
     found = [p for p in parameters if p.requires_grad]
     for p in found:
         # With one worker too: the optimizer passes over what has no gradient, and moves what has zeros.
-        if p.grad is None:
-            none = torch.empty(0, dtype=torch.int64, device=p.device)
-            by_rows = id(p) in tables
-            p.grad = _rows_of(p, none, p.new_empty(0, *p.shape[1:])) if by_rows else torch.zeros_like(p)
-        elif p.grad.is_sparse:
-            p.grad = p.grad.coalesce()
+        p.grad = _gradient(p, table=id(p) in tables)
     if world() > 1:
         _unite([p for p in found if p.grad is not None and p.grad.is_sparse])
     gradients = [numbers(p.grad) for p in found if p.grad is not None and not isinstance(p, DTensor)]
@@ -88,6 +83,20 @@ def sum_gradients(parameters: Iterable[nn.Parameter], tables: Container[int] = (
             g.copy_(own.view_as(g))
         else:
             g.index_copy_(0, rows[id(g)], own.view_as(part))
+
+
+def _gradient(p: nn.Parameter, *, table: bool) -> Tensor:
+    """The gradient: zeros where there is none, of a table no rows; else of a table with rising rows."""
+    g = p.grad
+    if g is None and table:
+        return _rows_of(p, torch.empty(0, dtype=torch.int64, device=p.device), p.new_empty(0, *p.shape[1:]))
+    if g is None:
+        return torch.zeros_like(p)
+    if not g.is_sparse:
+        return g
+    rows = g._indices()[0]
+    # They need not be sorted if they were asked for in order, each once.
+    return _rows_of(p, rows, g._values()) if bool((rows[1:] > rows[:-1]).all()) else g.coalesce()
 
 
 def _unite(tables: list[nn.Parameter]) -> None:
