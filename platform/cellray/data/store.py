@@ -197,10 +197,11 @@ class Store:
         for name in self.names:
             ids, data = record[f"{name}.ids"], record[f"{name}.counts"]
             offsets = ids.offsets.to_numpy().astype(np.int64)
+            own = slice(offsets[0], offsets[-1])
             counts[name] = Counts(
                 offsets - offsets[0],
-                ids.flatten().to_numpy(),
-                data.flatten().to_numpy(),
+                ids.values.to_numpy()[own],  # (not flatten, which looks for lists that are null)
+                data.values.to_numpy()[own],
                 record[f"{name}.total"].to_numpy(),
             )
         first = self.starts[number]

@@ -12,6 +12,7 @@ decoded once in a pass.
 
 import itertools
 import math
+import os
 import queue
 import threading
 import time
@@ -235,19 +236,22 @@ def _shares(weights: np.ndarray, eligible: np.ndarray) -> np.ndarray:
     return (weights * (int(eligible.sum()) / weights.sum())).astype(np.float32)
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Feed:
     """Shares of `plan` for one worker, read ahead by threads. Use as a context manager.
 
-    `readers` threads read and decode record batches, and copy each cell from there to where it will
-    be in its share. While shares of a window are consumed the next one is filled; so two windows are
-    held, of the cells of this worker alone, whatever the size of the store.
+    READERS threads, or as many as there are cores, read and decode record batches, and copy each cell
+    from there to where it will be in its share. While shares of a window are consumed the next one is
+    filled; so two windows are held, of the cells of this worker alone, whatever the size of the store.
     """
 
-    AHEAD = 4
+    AHEAD, READERS = 4, 2
 
-    def __init__(
-        self, store: Store, plan: Plan, *, first: int, rank: int, world: int, readers: int = 2
-    ) -> None:
+    def __init__(self, store: Store, plan: Plan, *, first: int, rank: int, world: int) -> None:
         self.store, self.plan, self.rank, self.world = store, plan, rank, world
         self.waited = 0.0
         """Seconds that `__iter__` waited for data."""
@@ -256,6 +260,8 @@ class Feed:
         self._first = first
         self._ready: queue.Queue[Share | BaseException | None] = queue.Queue(self.AHEAD)
         self._stop = threading.Event()
+        # More than there are cores only take turns: 4 % of CPU time on one core.
+        readers = min(self.READERS, _cores())
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="feed-reader")
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
 
