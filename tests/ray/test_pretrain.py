@@ -39,6 +39,10 @@ def settings(folder, more=()):
         "joint.epochs": 25,
         "distil.epochs": 0.4,
         "checkpoint_seconds": 0.1,
+        # Decoders are updated by rows.
+        "unimodal.queries": 16,
+        "joint.queries": 16,
+        "distil.queries": 16,
     }
     return [f"{key}={value}" for key, value in (found | dict(more)).items()]
 
