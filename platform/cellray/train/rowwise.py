@@ -107,7 +107,7 @@ class RowwiseAdamW(torch.optim.AdamW):
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
                 "last": torch.zeros(len(p), dtype=torch.int32, device=p.device),
-                "owed": torch.zeros(1, 2, dtype=torch.float64),
+                "owed": torch.zeros(1, 2, dtype=torch.float64, device=p.device),
             }
         if gradient is not None:  # what only other workers needed is behind on this one
             catch_up(p, state, group, gradient.indices()[0])
@@ -154,7 +154,7 @@ def settled_rows(
     """
     last = state["last"].index_select(0, rows)
     age = (int(state["step"]) - last)[:, None].float()
-    large, small = state["owed"].to(weight.device)[last.long()].float().split(1, dim=1)
+    large, small = state["owed"][last.long()].float().split(1, dim=1)
     mean = state["exp_avg"].index_select(0, rows)
     square = state["exp_avg_sq"].index_select(0, rows)
     wide = square.sqrt() * small + (eps * large + TINY)
