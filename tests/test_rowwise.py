@@ -50,7 +50,7 @@ def take(model, own, steps, scale=1.0):
     for step in steps:
         for group in own.param_groups:
             group["lr"] = 1e-2 * (1 + math.sin(step / 9))
-        (scale * model(asked(step))).backward()
+        (scale * model(asked(step).to(model.table.weight.device))).backward()
         for p in model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.coalesce()

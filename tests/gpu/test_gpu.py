@@ -9,7 +9,7 @@ import torch
 from cellray.model.attention import Compute, Packed, attention, flash
 from cellray.model.encoder import Encoder, Tokens
 from cellray.train.chain import chain
-from tests import stores
+from tests import stores, test_rowwise
 from tests.attentive import attentive
 
 pytestmark = [
@@ -147,3 +147,14 @@ def test_every_stage_trains_on_a_gpu(tmp_path, precision):
         wanted = [row["loss"] for row in curves["cpu"][name]]
         tolerance = 2e-2 if precision == "fp32" else 0.1  # rounding, after some updates
         assert [row["loss"] for row in curve] == pytest.approx(wanted, rel=tolerance)
+
+
+def test_tables_are_updated_by_rows_as_on_a_cpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        model = test_rowwise.Model().to(device)
+        own = test_rowwise.optimizer(model, rowwise=True)
+        test_rowwise.take(model, own, range(100))
+        own.settle()
+        found.append(model.cpu())
+    test_rowwise.close(*found)
