@@ -7,6 +7,7 @@ the keys and the cell's row.
 import numpy as np
 
 from cellray.data.jit import jit
+from cellray.train.rowwise import TINY
 
 
 @jit
@@ -160,7 +161,7 @@ def settled_rows(weight, mean, square, last, owed, rows, now, betas, eps):  # ty
             continue
         large, small = np.float32(owed[last[r], 0]), np.float32(owed[last[r], 1])
         first, second = np.float32(betas[0] ** age), np.float32(betas[1] ** age)
-        both, rest = large * small, np.float32(eps) * large + np.float32(1e-37)
+        both, rest = large * small, np.float32(eps) * large + np.float32(TINY)
         own_weight, own_mean, own_square = weight[r], mean[r], square[r]
         for c in range(weight.shape[1]):
             own_weight[c] -= own_mean[c] * both / (np.sqrt(own_square[c]) * small + rest)

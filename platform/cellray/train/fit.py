@@ -98,7 +98,11 @@ def adamw(
     # Tokens of several cells are of the same features.
     used += [(m.feature, read // 2) for m in every if isinstance(m, Encoder)]
     # Means of weights are taken of all rows in every step.
-    tables = [table for table, most in used if 0 < MANY * most <= table.num_embeddings and not optim.ema]
+    tables = [
+        table
+        for table, most in used
+        if 0 < MANY * most <= table.num_embeddings and not optim.ema and not isinstance(table.weight, DTensor)
+    ]
     kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
     groups = [
         {
@@ -108,7 +112,6 @@ def adamw(
         for kind in ((True, False), (False, False), (True, True), (False, True))
         if kind in kinds
     ]
-    tables = [table for table in tables if not isinstance(table.weight, DTensor)]
     return parameters, RowwiseAdamW(groups, tables, lr=optim.lr, betas=(0.9, 0.98))
 
 

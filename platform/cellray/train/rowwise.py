@@ -75,7 +75,7 @@ class RowwiseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
-        """One update of everything that has a gradient, and of all rows of the tables."""
+        """One update; rows of tables without a gradient make up for it when they are asked for."""
         asked = {key: table.grad for key, table in self.tables.items()}
         for table in self.tables.values():
             table.grad = None

@@ -131,5 +131,6 @@ def clip(parameters: list[nn.Parameter], most: float) -> float:
         square = square + workers.total(nn.utils.get_total_norm(rows).square())
     norm = float(square.sqrt())
     if norm + 1e-6 > most:
-        torch._foreach_mul_([*rows, *rest], most / (norm + 1e-6))
+        for gradient in [*rows, *rest]:
+            gradient.mul_(most / (norm + 1e-6))
     return norm

@@ -71,10 +71,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter], tables: Container[int] = (
         p.grad = _gradient(p, table=id(p) in tables)
     if world() > 1:
         _unite([p for p in found if p.grad is not None and p.grad.is_sparse])
-    gradients = [numbers(p.grad) for p in found if p.grad is not None and not isinstance(p, DTensor)]
-    if world() == 1 or not gradients:
+    whole = [p.grad for p in found if p.grad is not None and not isinstance(p, DTensor)]
+    if world() == 1 or not whole:
         return
-    rows = _touched([g for g in gradients if g.dim() == 2 and g.numel() >= TABLE])
+    rows = _touched([g for g in whole if not g.is_sparse and g.dim() == 2 and g.numel() >= TABLE])
+    gradients = [numbers(g) for g in whole]
     parts = [g.index_select(0, rows[id(g)]) if id(g) in rows else g for g in gradients]
     flat = torch.cat([part.reshape(-1) for part in parts])
     dist.all_reduce(flat)
@@ -104,13 +105,10 @@ def _unite(tables: list[nn.Parameter]) -> None:
     if not tables:
         return
     own = [p.grad for p in tables if p.grad is not None]
-    flags = [torch.zeros(len(g), dtype=torch.uint8, device=g.device) for g in own]
+    flags = [torch.zeros(len(g), dtype=torch.bool, device=g.device) for g in own]
     for flag, g in zip(flags, own, strict=True):
-        flag[g.indices()[0]] = 1
-    every = torch.cat(flags)
-    dist.all_reduce(every, op=dist.ReduceOp.MAX)
-    for p, g, flag in zip(tables, own, every.split([len(g) for g in own]), strict=True):
-        rows = flag.nonzero().squeeze(1)
+        flag[g.indices()[0]] = True
+    for p, g, rows in zip(tables, own, _of_any(flags), strict=True):
         values = g.values().new_zeros(len(rows), *g.shape[1:])
         values[torch.searchsorted(rows, g.indices()[0])] = g.values()
         p.grad = _rows_of(g, rows, values)
@@ -134,10 +132,15 @@ def _touched(tables: list[Tensor]) -> dict[int, Tensor]:
     if not tables:
         return {}
     bounds = [table.aminmax(dim=1) for table in tables]
-    flags = torch.cat([(low != 0) | (high != 0) for low, high in bounds]).to(torch.uint8)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    found = [own.nonzero().squeeze(1) for own in flags.split([len(table) for table in tables])]
+    found = _of_any([(low != 0) | (high != 0) for low, high in bounds])
     return {id(t): rows for t, rows in zip(tables, found, strict=True) if 2 * len(rows) < len(t)}
+
+
+def _of_any(flags: list[Tensor]) -> list[Tensor]:
+    """Where each of `flags`, bool, is set on any worker, rising; one exchange for all of them."""
+    every = torch.cat(flags).to(torch.uint8)
+    dist.all_reduce(every, op=dist.ReduceOp.MAX)
+    return [own.nonzero().squeeze(1) for own in every.split([len(flag) for flag in flags])]
 
 
 def all_rows(rows: Tensor) -> tuple[Tensor, int]:
