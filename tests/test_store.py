@@ -23,6 +23,7 @@ from cellray.data.store import (
     encode_shard,
     index_of,
 )
+from cellray.data.sums import one_pass
 from cellray.data.tokens import Counts
 from tests import stores
 from tests.test_tokens import matrix, tokenizer
@@ -248,6 +249,13 @@ def test_checksums_tell_swapped_words_and_lengths():
     lengths = [checksum(bytes(n)) for n in range(50)]
     assert len(set(lengths)) == 50
     assert len(seen) > 190
+
+
+@pytest.mark.parametrize("size", [0, 7, 3071, 3072, 40_000, 1 << 20])
+@pytest.mark.parametrize("start", [0, 3])
+def test_checksums_are_the_same_in_one_pass(size, start):
+    data = np.random.default_rng(size).integers(0, 256, start + size, np.uint8).data[start:]
+    assert checksum(data, sums=one_pass) == checksum(data)
 
 
 def grown(folder):

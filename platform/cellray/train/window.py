@@ -113,7 +113,7 @@ class Window:
             name: self._space(name, np.dtype(narrow(len(vocabulary))), room)
             for name, vocabulary in store.tokenizer.vocabularies.items()
         }
-        order = np.argsort(self._rows, kind="stable")
+        order = np.argsort(self._rows)  # (of a row that comes twice, either may be first)
         numbers = np.searchsorted(store.starts, self._rows[order], side="right") - 1
         cuts = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
         self.parts = [(int(numbers[a]), order[a:b]) for a, b in itertools.pairwise(cuts)]
