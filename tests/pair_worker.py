@@ -5,6 +5,8 @@ What they come to is in FOLDER/NAME.safetensors. The same functions do it with o
 """
 
 import contextlib
+import dataclasses
+import math
 import shutil
 import sys
 import threading
@@ -20,6 +22,7 @@ from cellray.train import sharding, workers
 from cellray.train.feed import Feed, Share
 from cellray.train.fit import adamw, plan_of, run_stage, step
 from cellray.train.recipe import Optim
+from cellray.train.skips import Skips
 from tests import stores
 from tests.chains import Killed
 from tests.test_stages import stage
@@ -87,6 +90,41 @@ def lacking(folder, shared=False, *, rowwise=False):
             share = Share(number, len(rows), 0, run.store.read(rows))
             said.append(step(work, share, parameters, optimizer, 1.0))
     return result(root, said)
+
+
+def skipping(folder, at=2):
+    """As `five`, by rows, but for the step `at`, which is not taken."""
+    run = stores.run(folder, **FEW)
+    with prepared(run, "joint", False, rowwise=True) as (work, root, parameters, optimizer):
+        losses, skips = work.losses, Skips(1, 0.0)
+
+        def spoilt(batch, number):
+            found = losses(batch, number)
+            if number == at:
+                return {
+                    name: dataclasses.replace(loss, sum=loss.sum * math.nan) for name, loss in found.items()
+                }
+            return found
+
+        work.losses = spoilt
+        plan = plan_of(run.store, run.recipe, ~run.test, work.needs(), work.reads(), 1.0)
+        with Feed(run.store, plan, first=0, rank=workers.rank(), world=workers.world()) as feed:
+            for share in feed:
+                step(work, share, parameters, optimizer, 1.0, skips)
+                if share.step == 4:
+                    break
+        assert skips.skipped == 1
+    return {name: value.clone() for name, value in root.state_dict().items()}
+
+
+def gathered(tensors):
+    """Of each tensor those of all workers, as one more dimension."""
+    found = {}
+    for name, own in tensors.items():
+        parts = [torch.empty_like(own) for _ in range(workers.world())]
+        dist.all_gather(parts, own.contiguous())
+        found[name] = torch.stack(parts)
+    return found
 
 
 def gradients(rank):
@@ -166,6 +204,7 @@ def main():
     for name in STAGES:
         keep(f"{name}-rows", five(folder, name))
         keep(f"{name}-rowwise", five(folder, name, rowwise=True, **FEW))
+    keep("skipping", gathered(skipping(folder)))
     more = {"shard": True, "optim.ema": 0.9}
     keep("undisturbed", trained(folder / "undisturbed", **more)[0].state_dict())
     trained(folder / "left", at=AT, **more)

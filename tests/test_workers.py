@@ -93,6 +93,12 @@ def test_tables_updated_by_rows_are_those_updated_whole_by_one_worker_and_by_two
         like(whole, found)
 
 
+def test_workers_hold_the_same_weights_after_a_step_that_was_not_taken(folder):
+    two = load_file(folder / "skipping.safetensors")
+    assert all(torch.equal(first, second) for first, second in two.values())
+    like(pair_worker.skipping(folder), {name: pair[0] for name, pair in two.items()})
+
+
 def test_a_killed_run_that_shares_parameters_out_ends_as_if_it_had_not_been_killed(folder):
     whole, broken = (load_file(folder / f"{name}.safetensors") for name in ("undisturbed", "killed"))
     assert 1 <= int(broken.pop("resumed")) <= pair_worker.AT

@@ -49,7 +49,7 @@ def step(
 ) -> dict[str, float]:
     """One optimiser update. Losses are means over the targets of all workers.
 
-    A step that `skips` does not let pass changes nothing but `skips`; it takes what is finite by default.
+    A step that `skips` does not let pass trains nothing; it takes what is finite by default.
     """
     skips = skips or Skips(0, 0.0)
     losses = stage.losses(share.batch, share.step)
@@ -69,6 +69,8 @@ def step(
         norm = sharding.clip(parameters, clip)
         if skips.allows(value, norm):
             optimizer.step()
+    if skips.why:
+        optimizer.catch_up_all()
     optimizer.zero_grad(set_to_none=True)
     return {"loss": value, **dict(zip(losses, means, strict=True)), "gradient_norm": norm}
 

@@ -84,10 +84,18 @@ class RowwiseAdamW(torch.optim.AdamW):
             self._step(table, asked[key])
             table.grad = asked[key]
 
-    def settle(self) -> None:
-        """Bring all rows to the last step, at the end: after this the tables are as any other."""
+    def catch_up_all(self) -> None:
+        """Bring all rows to the last step.
+
+        A step that is not taken needs it: each worker has brought what it read to the last one, and nothing
+        told the others. What a row owes is made up for in one go on all of them, or they differ by rounding.
+        """
         for table in self.tables.values():
             catch_up(table, self.state[table], self._group[id(table)])
+
+    def settle(self) -> None:
+        """Bring all rows to the last step, at the end: after this the tables are as any other."""
+        self.catch_up_all()
         for hook, embedding in zip(self._hooks, self._embeddings, strict=True):
             hook.remove()
             embedding.sparse = False
