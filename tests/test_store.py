@@ -169,7 +169,7 @@ def test_a_changed_vocabulary_is_named(tmp_path):
 
 def test_a_store_of_another_version_is_refused(tmp_path):
     (tmp_path / "store.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match="version 1, this cellray reads 2: ingest the files again"):
+    with pytest.raises(ValueError, match="version 1, this cellray reads 3: ingest the files again"):
         Store(str(tmp_path))
     (tmp_path / "store.json").write_text('{"version": ')
     with pytest.raises(ValueError, match=r"store\.json is no manifest"):
@@ -256,6 +256,30 @@ def test_checksums_tell_swapped_words_and_lengths():
 def test_checksums_are_the_same_in_one_pass(size, start):
     data = np.random.default_rng(size).integers(0, 256, start + size, np.uint8).data[start:]
     assert checksum(data, sums=one_pass) == checksum(data)
+
+
+@pytest.mark.parametrize("apart", [(), ("rna", "atac")])
+@pytest.mark.parametrize("width", [np.uint8, np.uint16, np.uint32])
+def test_large_counts_come_back_wherever_they_are_kept(tmp_path, width, apart):
+    random, size = np.random.default_rng(0), BATCH + 50
+    lengths = random.integers(0, 9, size)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([np.arange(n) for n in lengths])
+    large = random.random(len(ids)) < 0.02
+    values = np.where(large, random.integers(1, np.iinfo(width).max, len(ids), endpoint=True), 1).astype(
+        width
+    )
+    nothing = Counts(np.zeros(size + 1, np.int64), ids[:0], values[:0], np.zeros(size))
+    counts = {"rna": Counts(offsets, ids, values, lengths), "atac": nothing}
+    names, present = [f"c{i}" for i in range(size)], np.ones(size)
+    about = {name: [""] * size for name in ABOUT}
+    table = cell_table(tokenizer(), names, about, present, counts, apart=apart)
+    assert table["rna.counts"].type.value_type == (pa.uint8() if apart else pa.from_numpy_dtype(width))
+    stores.write_table(str(tmp_path), table, tokenizer(), size)
+    store = Store(str(tmp_path))
+    found = [store.batch(number).counts["rna"].counts for number in (0, 1)]
+    assert {own.dtype for own in found} == {store.widths["rna"]} == {np.dtype(width)}
+    assert np.array_equal(np.concatenate(found), values)
 
 
 def grown(folder):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cellray.data.ingest import ingest
@@ -119,6 +120,29 @@ def test_the_report_adds_up(made):
         for part in group["modalities"].values():
             for what in ("cells", "features", "counts"):
                 assert part[f"{what}_in"] == part[f"{what}_kept"] + sum(part[f"{what}_dropped"].values())
+
+
+def test_counts_above_a_byte_come_back_be_they_few_or_many(tmp_path):
+    rna, protein = poisson(50, 40, mean=2), poisson(50, 40, mean=300)
+    rna[[0, 7, 7], [3, 5, 9]] = 256, 70_000, 255
+    for name, counts in (("rna", rna), ("protein", protein)):
+        write(anndata(counts), tmp_path / f"{name}.h5ad")
+    rows = [{"dataset": "d", "modality": name, "url": f"{name}.h5ad"} for name in ("rna", "protein")]
+    make(table(tmp_path / "atlas.csv", *rows), tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    ids, counts = whole(store)
+    order = [int(cell.removeprefix("d:c")) for cell in ids]
+    for name, given in (("rna", rna), ("protein", protein)):
+        words = [int(word.removeprefix("ENSG")) for word in store.tokenizer.vocabularies[name].ids]
+        np.testing.assert_array_equal(counts[name].toarray(), given[order][:, words])
+    assert {name: str(width) for name, width in store.widths.items()} == {
+        "rna": "uint32",
+        "protein": "uint16",
+    }
+    with pa.ipc.open_file(next((tmp_path / "store" / "shards").iterdir())) as file:
+        stored = {name: file.schema.field(f"{name}.counts").type.value_type for name in store.names}
+        assert stored == {"rna": pa.uint8(), "protein": pa.uint16()}
+        assert len(file.read_all()["rna.high"].combine_chunks().values) == 2
 
 
 def test_units_shards_and_their_order_do_not_change_a_byte(made, atlas, tmp_path):

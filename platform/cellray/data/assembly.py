@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cellray.data import compiled, pieces, storage
-from cellray.data.shards import ABOUT, BATCH, cell_table, coded, index_of, pack
+from cellray.data.shards import ABOUT, BATCH, FEW, cell_table, coded, index_of, pack
 from cellray.data.tokens import Counts, Tokenizer, narrow
 from cellray.data.units import UNKNOWN, cells_path, counts_path, shard_path
 
@@ -61,7 +61,8 @@ def assemble(shard: int, room: Mapping[str, int], making: Making, parts: str) ->
     groups = _holdings(cells, present, list(loaded))
     entry: dict[str, Any] = {"rows": len(kept), "groups": groups}
     if len(kept):
-        batches = _batches(cells, present, loaded, making.tokenizer, groups)
+        apart = {name for name, own in loaded.items() if own.high() <= FEW}
+        batches = _batches(cells, present, loaded, making.tokenizer, groups, apart)
         about = {name: {"cells": own["cells"], "donors": own["donors"]} for name, own in groups.items()}
         lineage = {"lineage": json.dumps(about, sort_keys=True)}
         first = next(batches)
@@ -90,6 +91,12 @@ class _Loaded:
 
     def take(self, cells: np.ndarray) -> "_Loaded":
         return _Loaded(self.offsets, self.ids, self.counts, self.target, self.rows[cells], self.base[cells])
+
+    def high(self) -> float:
+        """The share of the cells' counts that is above 255."""
+        owners = np.searchsorted(self.offsets, np.flatnonzero(self.counts > 255), side="right") - 1
+        tokens = int((self.offsets[self.rows + 1] - self.offsets[self.rows]).sum())
+        return float(np.isin(owners, self.rows).sum() / max(1, tokens))
 
 
 def _load(cells: pa.RecordBatch, modality: str, room: int, making: Making) -> _Loaded:
@@ -127,8 +134,12 @@ def _batches(
     loaded: Mapping[str, _Loaded],
     tokenizer: Tokenizer,
     groups: dict[str, Any],
+    apart: set[str],
 ) -> Iterator[pa.RecordBatch]:
-    """The record batches of the shard; what each of them holds is added to `groups`, by modality."""
+    """The record batches of the shard; what each of them holds is added to `groups`, by modality.
+
+    Counts above 255 of the modalities `apart` are stored by themselves.
+    """
     about = {name: coded(cells[name].cast(pa.string())) for name in ABOUT}
     digests = cells["digest"].to_numpy()
     names, dataset = np.unique(np.asarray(cells["dataset"].cast(pa.string())), return_inverse=True)
@@ -160,7 +171,13 @@ def _batches(
                 held["tokens"] += int(lengths[mine].sum())
         known = {name: values[some] for name, values in about.items()}
         table = cell_table(
-            tokenizer, cells["cell_id"][some], known, present[some], counts, digests=digests[some]
+            tokenizer,
+            cells["cell_id"][some],
+            known,
+            present[some],
+            counts,
+            digests=digests[some],
+            apart=apart,
         )
         (batch,) = table.to_batches()
         yield batch

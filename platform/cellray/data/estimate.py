@@ -11,7 +11,7 @@ from cellray.data import compiled
 from cellray.data.group import Part
 from cellray.data.plan import Plan
 from cellray.data.reading import open_source
-from cellray.data.shards import codec
+from cellray.data.shards import FEW, codec
 from cellray.data.tokens import narrow
 
 FILES = 8
@@ -102,9 +102,9 @@ def _once(part: Part, raw, before: float) -> _Trial:  # type: ignore[no-untyped-
 
 def _packed(part: Part, ids: np.ndarray, counts: np.ndarray) -> Iterator[int]:
     """Bytes that ids and counts take in a shard."""
-    most = int(counts.max(initial=0))
-    width = np.uint8 if most < 1 << 8 else np.uint16 if most < 1 << 16 else np.uint32
-    packer = codec()
-    for values in (ids.astype(narrow(len(part.features.names))), counts.astype(width)):
+    high, most = np.count_nonzero(counts > 255), int(counts.max(initial=0))
+    width = np.uint8 if high <= FEW * len(counts) else np.uint16 if most < 1 << 16 else np.uint32
+    low, packer = np.minimum(counts, np.iinfo(width).max).astype(width), codec()
+    for values in (ids.astype(narrow(len(part.features.names))), low):
         if len(values):
             yield len(packer.compress(pa.py_buffer(np.ascontiguousarray(values))))

@@ -19,7 +19,7 @@ from cellray.data.lineage import identity
 from cellray.data.modalities import Modality
 from cellray.train.recipe import Recipe
 
-VERSION = 2
+VERSION = 3
 """Of what ingest makes out of the same files and settings."""
 
 

@@ -3,9 +3,12 @@
 A shard is an Arrow IPC file, zstd, one row a cell, record batches of BATCH cells. In a record batch
 the tokens come first and what is known of the cells last:
 
-    metadata | m.ids, m.counts, … | present, m.total, … | m.length, …, digest, ABOUT, cell_id
-    ^------------------------- front -------------------^
-    ^------^                      and  ^--------------------------- back ---------------------------^
+    metadata | m.ids, m.counts, m.high, … | present, m.total, … | m.length, …, digest, ABOUT, cell_id
+    ^----------------------------- front -----------------------^
+    ^------^                      and      ^--------------------------- back ---------------------------^
+
+Most counts are small, and a few are not: `m.counts` may hold a byte each, and `m.high` those above 255.
+A byte takes 0.6 times as long to unpack as two, and a feed unpacks more than it does anything else.
 
 The feed reads fronts, planning reads backs, neither the other. Both are read as exact byte ranges with
 a checksum each in the manifest, so that no reader ever decodes, or returns, bytes that were not written.
@@ -16,7 +19,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,22 +36,32 @@ ABOUT = ("dataset", "donor", "batch", "assay", "species", "tissue", "label")
 """What is known of a cell, "" where it is not. Dictionary-coded strings in a shard."""
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """Names of files in a manifest, which comes from outside: none leads out of the store."""
+WIDTH = b"width"
+"""Metadata of `m.counts`: the type that holds the counts as they are."""
+FEW = 0.01
+"""Share of counts above 255 up to which they are best stored by themselves: each takes eight bytes."""
+NONE = np.zeros(0, np.uint64)
 START = 8
 """Where the messages of an Arrow file begin, after its magic bytes."""
 
 
 def schema(
-    modalities: Sequence[Modality], sizes: Mapping[str, int], widths: Mapping[str, np.dtype] | None = None
+    modalities: Sequence[Modality],
+    sizes: Mapping[str, int],
+    widths: Mapping[str, np.dtype] | None = None,
+    apart: Container[str] = (),
 ) -> pa.Schema:
-    """The columns of a shard. `sizes` holds the number of features of each modality, `widths` the
-    type of its counts, uint32 where nothing is said."""
+    """The columns of a shard. `sizes` holds the number of features of each modality, `widths` the type of
+    its counts, uint32 where nothing is said; those of the modalities `apart` are bytes, and `high`."""
     tokens, totals, lengths = [], [], []
     for m in modalities:
         ids = pa.from_numpy_dtype(np.dtype(narrow(sizes[m.name])))
-        counts = pa.from_numpy_dtype((widths or {}).get(m.name, np.dtype(np.uint32)))
+        width = (widths or {}).get(m.name, np.dtype(np.uint32))
+        counts = pa.uint8() if m.name in apart else pa.from_numpy_dtype(width)
         tokens += [
             pa.field(f"{m.name}.ids", pa.list_(ids)),
-            pa.field(f"{m.name}.counts", pa.list_(counts)),
+            pa.field(f"{m.name}.counts", pa.list_(counts), metadata={WIDTH: str(width)}),
+            pa.field(f"{m.name}.high", pa.list_(pa.uint64())),
         ]
         totals.append(pa.field(f"{m.name}.total", pa.int64()))
         lengths.append(pa.field(f"{m.name}.length", pa.int32()))
@@ -74,17 +87,19 @@ def cell_table(
     counts: Mapping[str, Counts],
     *,
     digests: np.ndarray | None = None,
+    apart: Container[str] = (),
 ) -> pa.Table:
     """Rows of a shard. `present` is a bitmask [cells], bit i for the i-th modality of the tokenizer.
 
     A cell that lacks a modality has no tokens and depth 0 in it. Counts keep their type (uint8, uint16
-    or uint32). `digests` are hashes of the cells' content, uint64 [cells]; 0 where there is none.
+    or uint32); of the modalities `apart` those above 255 are stored by themselves, which saves where
+    they are few. `digests` are hashes of the cells' content, uint64 [cells]; 0 where there is none.
     """
     sizes = {name: len(v) for name, v in tokenizer.vocabularies.items()}
     widths = {name: counts[name].counts.dtype for name in sizes}
     for name, width in widths.items():
         assert width in (np.uint8, np.uint16, np.uint32), f"counts of {name} are {width}"
-    form = schema(tokenizer.modalities, sizes, widths)
+    form = schema(tokenizer.modalities, sizes, widths, apart)
     columns: dict[str, pa.Array] = {
         "cell_id": pa.array(cell_ids, pa.string()),
         "present": pa.array(present.astype(np.uint32)),
@@ -96,10 +111,39 @@ def cell_table(
         offsets = pa.array(c.offsets.astype(np.int32))
         ids = pa.array(c.ids, form.field(f"{name}.ids").type.value_type)
         columns[f"{name}.ids"] = pa.ListArray.from_arrays(offsets, ids)
-        columns[f"{name}.counts"] = pa.ListArray.from_arrays(offsets, pa.array(c.counts))
+        low, ends, high = parted(c) if name in apart else (c.counts, np.zeros_like(c.offsets), NONE)
+        columns[f"{name}.counts"] = pa.ListArray.from_arrays(offsets, pa.array(low))
+        columns[f"{name}.high"] = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(high))
         columns[f"{name}.total"] = pa.array(c.total.astype(np.int64))
         columns[f"{name}.length"] = pa.array(c.lengths.astype(np.int32))
     return pa.Table.from_arrays([columns[field.name] for field in form], schema=form)
+
+
+def parted(counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The counts, uint8 [tokens], 255 for more; by cell where those begin, [cells + 1]; and they.
+
+    They are uint64: the place of the token in its cell, and in the lower half its count.
+    """
+    at = np.flatnonzero(counts.counts > 255)
+    firsts = counts.offsets[np.searchsorted(counts.offsets, at, side="right") - 1]
+    low = counts.counts.astype(np.uint8)
+    low[at] = 255
+    high = (at - firsts).astype(np.uint64) << np.uint64(32) | counts.counts[at]
+    return low, np.searchsorted(at, counts.offsets), high
+
+
+def joined(
+    offsets: np.ndarray, low: np.ndarray, width: np.dtype, ends: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """The counts that were `parted`, of type `width` [tokens]; `low` itself if it is."""
+    if low.dtype == width:
+        return low
+    found = low.astype(width)
+    high = high[ends[0] : ends[-1]]
+    if len(high):
+        firsts = np.repeat(offsets[:-1], np.diff(ends))
+        found[firsts + (high >> np.uint64(32)).astype(np.int64)] = high & np.uint64(0xFFFFFFFF)
+    return found
 
 
 def coded(values: Sequence[str] | pa.Array) -> pa.DictionaryArray:
@@ -177,7 +221,7 @@ def index_of(data: bytes) -> dict[str, Any]:
     found: dict[str, list[Any]] = {name: [] for name in LISTS}
     tokens: dict[str, list[int]] = {name: [] for name in modalities}
     # Buffers: four of a list (validity, offsets, and both of its items), two of a number.
-    present = 8 * len(modalities)
+    present = 12 * len(modalities)
     after = present + 2 * (1 + len(modalities))
     head = len(data)
     while (message := _next(source)) is not None:
@@ -203,9 +247,9 @@ def index_of(data: bytes) -> dict[str, Any]:
             found[name].append(value)
         for number, name in enumerate(modalities):
             # Two nodes of a list: its rows, and its items.
-            tokens[name].append(_described(about, NODES, 4 * number + 1))
+            tokens[name].append(_described(about, NODES, 6 * number + 1))
     sums = {"head": head, "head_sum": checksum(memoryview(data)[START : START + head])}
-    widths = {name: str(form.field(f"{name}.counts").type.value_type) for name in modalities}
+    widths = {name: form.field(f"{name}.counts").metadata[WIDTH].decode() for name in modalities}
     return found | sums | {"tokens": tokens, "widths": widths}
 
 
@@ -217,7 +261,7 @@ def _next(source: pa.BufferReader) -> pa.ipc.Message | None:
 
 
 def _front_schema(form: pa.Schema, modalities: Sequence[str]) -> pa.Schema:
-    return pa.schema([form.field(i) for i in range(3 * len(modalities) + 1)])
+    return pa.schema([form.field(i) for i in range(4 * len(modalities) + 1)])
 
 
 NODES, BUFFERS = 1, 2

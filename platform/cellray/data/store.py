@@ -37,6 +37,7 @@ from cellray.data.shards import (
     checksum,
     encode_shard,
     index_of,
+    joined,
     read_local,
     schema,
 )
@@ -59,7 +60,7 @@ __all__ = [
     "schema",
 ]
 
-VERSION = 2
+VERSION = 3
 WRONG = 4
 """How often bytes of a remote shard are read that are not those the manifest describes."""
 EDITION = re.compile(r"store-(\d{6})\.json")
@@ -201,10 +202,13 @@ class Store:
             ids, data = record[f"{name}.ids"], record[f"{name}.counts"]
             offsets = ids.offsets.to_numpy().astype(np.int64)
             own = slice(offsets[0], offsets[-1])
+            offsets -= offsets[0]
+            low = data.values.to_numpy()[own]  # (not flatten, which looks for lists that are null)
+            high, width = record[f"{name}.high"], np.dtype(index.widths[name])
             counts[name] = Counts(
-                offsets - offsets[0],
-                ids.values.to_numpy()[own],  # (not flatten, which looks for lists that are null)
-                data.values.to_numpy()[own],
+                offsets,
+                ids.values.to_numpy()[own],
+                joined(offsets, low, width, high.offsets.to_numpy(), high.values.to_numpy()),
                 record[f"{name}.total"].to_numpy(),
             )
         first = self.starts[number]
