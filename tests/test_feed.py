@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellray.data.copying import copy_pieces
+from cellray.data.copying import copy_pieces, widen_pieces
+from cellray.data.shards import joined, parted
 from cellray.data.store import Store
+from cellray.data.tokens import Counts
 from cellray.train import window
 from cellray.train.feed import Feed, Plan, mix, uniform
 from cellray.train.sampling import balanced, quality
@@ -343,6 +345,30 @@ def test_pieces_are_copied_to_where_they_belong():
         assert np.array_equal(into, np.concatenate(wanted))
         with pytest.raises(AssertionError):
             copy_pieces(source, firsts + 4990, sizes, ends[:-1])
+
+
+@pytest.mark.parametrize("width", [np.uint16, np.uint32])
+def test_bytes_are_widened_on_the_way_and_large_counts_put_in(width):
+    rng, most = np.random.default_rng(0), np.iinfo(width).max
+    values = np.where(rng.random(5000) < 0.02, rng.integers(0, most, 5000, endpoint=True), 3).astype(width)
+    offsets = np.concatenate([[0], np.sort(rng.integers(0, 5000, 200)), [5000]])
+    low, ends, high = parted(Counts(offsets, np.zeros(5000, np.uint16), values, np.zeros(201)))
+    assert low.dtype == np.uint8
+    assert len(high) == (values > 255).sum() > 50
+    assert np.array_equal(joined(offsets, low, np.dtype(width), ends, high), values)
+    rows = rng.permutation(201)[:150]
+    firsts, sizes = offsets[rows], np.diff(offsets)[rows]
+    places = np.cumsum([0, *sizes])
+    into = np.zeros(places[-1], width)
+    addresses = into.ctypes.data + places[:-1] * into.itemsize
+    its = ends[rows], ends[rows + 1], high
+    widen_pieces(low, firsts, sizes, addresses, into.dtype, its)
+    wanted = [values[a : a + n] for a, n in zip(firsts, sizes, strict=True)]
+    assert np.array_equal(into, np.concatenate(wanted))
+    with pytest.raises(AssertionError):
+        widen_pieces(low, firsts + 4990, sizes, addresses, into.dtype, its)
+    with pytest.raises(AssertionError):  # a place beyond the cell's last token
+        widen_pieces(low, firsts, sizes, addresses, into.dtype, (*its[:2], high + np.uint64(5000 << 32)))
 
 
 def test_room_lends_no_memory_twice():

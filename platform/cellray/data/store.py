@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -99,6 +99,32 @@ class Batch:
     def take(self, picked: np.ndarray) -> "Batch":
         """The cells at `picked`, in that order; a cell may come more than once."""
         return collect([self], np.zeros(len(picked), np.int64), np.asarray(picked, np.int64))
+
+
+class Stored(NamedTuple):
+    """Tokens of one modality as a shard has them; see `shards.parted`."""
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    low: np.ndarray
+    """The counts, as bytes where those that are larger are in `high`."""
+    ends: np.ndarray
+    high: np.ndarray
+    width: np.dtype
+    """The type that holds all counts."""
+    total: np.ndarray
+
+    def counts(self) -> Counts:
+        whole = joined(self.offsets, self.low, self.width, self.ends, self.high)
+        return Counts(self.offsets, self.ids, whole, self.total)
+
+
+class Record(NamedTuple):
+    """A record batch: `rows` and `present` as of a Batch, and its tokens by modality."""
+
+    rows: np.ndarray
+    present: np.ndarray
+    tokens: dict[str, Stored]
 
 
 class Store:
@@ -187,6 +213,11 @@ class Store:
 
     def batch(self, number: int) -> Batch:
         """Record batch `number`, decoded."""
+        rows, present, tokens = self.record(number)
+        return Batch(rows, {name: stored.counts() for name, stored in tokens.items()}, present)
+
+    def record(self, number: int) -> Record:
+        """Record batch `number`, unpacked."""
         from cellray.data.sums import one_pass  # numba, which those who read no tokens need not import
 
         shard = int(np.searchsorted(self._firsts, number, side="right")) - 1
@@ -197,23 +228,25 @@ class Store:
         check = partial(checksum, sums=one_pass)
         self._fill(shard, [(index.offset[within], mine)], index.front_sum[within], check)
         record = front.decode(room)
-        counts = {}
+        tokens = {}
         for name in self.names:
             ids, data = record[f"{name}.ids"], record[f"{name}.counts"]
             offsets = ids.offsets.to_numpy().astype(np.int64)
             own = slice(offsets[0], offsets[-1])
             offsets -= offsets[0]
-            low = data.values.to_numpy()[own]  # (not flatten, which looks for lists that are null)
-            high, width = record[f"{name}.high"], np.dtype(index.widths[name])
-            counts[name] = Counts(
+            high = record[f"{name}.high"]
+            tokens[name] = Stored(
                 offsets,
-                ids.values.to_numpy()[own],
-                joined(offsets, low, width, high.offsets.to_numpy(), high.values.to_numpy()),
+                ids.values.to_numpy()[own],  # (not flatten, which looks for lists that are null)
+                data.values.to_numpy()[own],
+                high.offsets.to_numpy(),
+                high.values.to_numpy(),
+                np.dtype(index.widths[name]),
                 record[f"{name}.total"].to_numpy(),
             )
         first = self.starts[number]
         rows = np.arange(first, first + record.num_rows)
-        return Batch(rows, counts, record["present"].to_numpy())
+        return Record(rows, record["present"].to_numpy(), tokens)
 
     def read(self, rows: np.ndarray) -> Batch:
         """The cells at `rows` (store order), in that order. Decodes only the record batches they lie in."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellray.data.copying import copy_pieces
 from cellray.data.store import Batch, Store
 from cellray.data.tokens import Counts, narrow
 
@@ -136,10 +135,12 @@ class Window:
 
     def fill(self, number: int, mine: np.ndarray) -> None:
         """Copy the cells `mine` of the window from record batch `number`, which is read and decoded."""
-        batch = self._store.batch(number)
-        rows = self._rows[mine] - batch.rows[0]
-        self._present[mine] = batch.present[rows]
-        for name, found in batch.counts.items():
+        from cellray.data.copying import copy_pieces, widen_pieces  # numba, for those who train alone
+
+        record = self._store.record(number)
+        rows = self._rows[mine] - record.rows[0]
+        self._present[mine] = record.present[rows]
+        for name, found in record.tokens.items():
             into = self._tokens[name]
             firsts, sizes = found.offsets[rows], into.sizes[mine]
             if not np.array_equal(found.offsets[rows + 1] - firsts, sizes):
@@ -149,9 +150,13 @@ class Window:
                 )
             into.total[mine] = found.total[rows]
             ids = found.ids.astype(into.ids[0].dtype, copy=False)
-            counts = found.counts.astype(into.counts[0].dtype, copy=False)
             copy_pieces(ids, firsts, sizes, into.id_places[mine])
-            copy_pieces(counts, firsts, sizes, into.count_places[mine])
+            width, places = into.counts[0].dtype, into.count_places[mine]
+            if found.low.dtype == np.uint8 != width:
+                high = found.ends[rows], found.ends[rows + 1], found.high
+                widen_pieces(found.low, firsts, sizes, places, width, high)
+            else:
+                copy_pieces(found.low.astype(width, copy=False), firsts, sizes, places)
 
     def shares(self, lengths: np.ndarray) -> Iterator[Share]:
         """The shares of the steps, when every part is filled. `lengths` as the plan counts tokens.

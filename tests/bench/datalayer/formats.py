@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cellray.data.shards import codec
 from cellray.data.store import Store
 from tests.bench.datalayer.synthetic import source_rows
 
@@ -43,11 +44,17 @@ def batches(store: Store) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch([pa.array(rows[here]), *lists], schema=SCHEMA)
 
 
-def raw(store: Store, folder: Path) -> None:
-    """One Arrow IPC file without compression."""
-    with pa.ipc.new_file(str(folder / "cells.arrow"), SCHEMA) as writer:
+def raw(store: Store, folder: Path, *, codec: pa.Codec | None = None) -> None:
+    """One Arrow IPC file, without compression by default."""
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.ipc.new_file(str(folder / "cells.arrow"), SCHEMA, options=options) as writer:
         for batch in batches(store):
             writer.write_batch(batch)
+
+
+def packed(store: Store, folder: Path) -> None:
+    """The same with the compression of our shards, and two bytes for each count."""
+    raw(store, folder, codec=codec())
 
 
 def huggingface(store: Store, folder: Path) -> None:

@@ -44,7 +44,8 @@ class Against:
 
 
 GOALS = (
-    Against("zstd sequential", 0.8, "sequential IPC zstd decode"),
+    Against("zstd sequential", 0.8, "sequential IPC zstd decode of the same shards"),
+    Against("plain sequential", None, "sequential IPC zstd decode, two bytes a count"),
     Against("annbatch + tokens", 5.0, "annbatch + our tokenizer"),
     Against("annbatch", None, "annbatch, CSR rows alone"),
     Against("huggingface numpy", 3.0, "Hugging Face datasets, random rows, as arrays"),
@@ -64,7 +65,10 @@ def feed(
     drivers = [
         Driver("feed", DRIVERS + "feed", [str(store)]),
         Driver("zstd sequential", DRIVERS + "sequential", [str(store)]),
-        Driver("raw sequential", DRIVERS + "sequential", [str(material.converted("raw", formats.raw))]),
+        *(
+            Driver(f"{name} sequential", DRIVERS + "sequential", [str(material.converted(name, write))])
+            for name, write in (("plain", formats.packed), ("raw", formats.raw))
+        ),
         *_competitors(report, material, others),
     ]
     yield drivers
