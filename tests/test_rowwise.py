@@ -1,6 +1,8 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def take(model, own, steps, scale=1.0):
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.coalesce()
         own.step()
-        own.zero_grad(set_to_none=True)
+        own.zero_grad()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_a_step_without_the_table_counts():
             if not way:
                 model.table.weight.grad = torch.zeros_like(model.table.weight)
             own.step()
-            own.zero_grad(set_to_none=True)
+            own.zero_grad()
         take(model, own, range(3, 6))
         if way:
             own.settle()
@@ -229,3 +231,23 @@ def test_tables_are_those_with_many_more_features_than_a_step_needs():
     ]
     assert not adamw(modules, Optim())[1].tables
     assert not adamw(modules, Optim(ema=0.9), asked=10, read=60)[1].tables
+
+
+STARTED = """
+import sys, torch
+from cellray.train import fit
+from cellray.train.recipe import Optim
+layer = torch.nn.Linear(2, 2)
+parameters, optimizer = fit.adamw([layer], Optim())
+layer(torch.ones(1, 2)).sum().backward()
+fit.workers.sum_gradients(parameters, optimizer.tables)
+fit.sharding.clip(parameters, 1.0)
+optimizer.step()
+assert optimizer.state[layer.weight]["step"] == 1
+print(sorted({"torch._dynamo", "torch.distributed.tensor", "sympy"} & sys.modules.keys()))
+"""
+
+
+def test_a_training_starts_without_the_compiler_and_what_few_need():
+    found = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

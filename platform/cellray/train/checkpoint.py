@@ -33,6 +33,8 @@ from cellray.train.rowwise import RowwiseAdamW, matched
 from cellray.train.sharding import own, rows_of, shared_like
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
+Optimizer = torch.optim.Optimizer | RowwiseAdamW
+"""Whose `state`, by parameter, is all that it keeps."""
 KEEP = 2
 """Whole checkpoints of a stage that stay, unless told otherwise."""
 PATIENCE = 5.0
@@ -41,9 +43,7 @@ GRACE = 7.0
 """Seconds that a run that is told to stop waits for its last checkpoint."""
 
 
-def snapshot(
-    root: nn.Module, optimizer: torch.optim.Optimizer, averages: Averages | None = None
-) -> dict[str, Tensor]:
+def snapshot(root: nn.Module, optimizer: Optimizer, averages: Averages | None = None) -> dict[str, Tensor]:
     """All tensors of model, optimizer and means as they are now, copied to the CPU's memory.
 
     Of tensors that are shared out, the rows of this worker; of others, all, on the first worker alone.
@@ -71,7 +71,7 @@ def save(
     folder: str,
     step: int,
     root: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     about: Mapping[str, Any],
     *,
     keep: int = KEEP,
@@ -183,7 +183,7 @@ def read(folder: str, step: int, key: str) -> tuple[dict[str, Tensor], dict[str,
 def restore(
     tensors: Mapping[str, Tensor],
     root: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     averages: Averages | None = None,
 ) -> None:
     """Put the tensors of a checkpoint back, every one of them; of those shared out, this worker's rows."""
@@ -242,7 +242,7 @@ class Saver:
         self,
         step: int,
         root: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         about: Mapping[str, Any],
         averages: Averages | None = None,
     ) -> None:
@@ -259,7 +259,7 @@ class Saver:
         self,
         step: int,
         root: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         about: Mapping[str, Any],
         averages: Averages | None = None,
     ) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from cellray.data.store import Store
 from cellray.model.decoder import Decoder
@@ -71,7 +70,7 @@ def step(
             optimizer.step()
     if skips.why:
         optimizer.catch_up_all()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return {"loss": value, **dict(zip(losses, means, strict=True)), "gradient_norm": norm}
 
 
@@ -103,9 +102,9 @@ def adamw(
     tables = [
         table
         for table, most in used
-        if 0 < MANY * most <= table.num_embeddings and not optim.ema and not isinstance(table.weight, DTensor)
+        if 0 < MANY * most <= table.num_embeddings and not optim.ema and not workers.shared_out(table.weight)
     ]
-    kinds = [(id(p) in decayed, isinstance(p, DTensor)) for p in parameters]
+    kinds = [(id(p) in decayed, workers.shared_out(p)) for p in parameters]
     groups = [
         {
             "params": [p for p, its in zip(parameters, kinds, strict=True) if its == kind],

@@ -6,11 +6,13 @@ are those of AdamW, for the price of the rows that are asked for: of 120,000 pea
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 SLAB = 1 << 14
 """Rows that are settled at a time."""
@@ -45,8 +47,11 @@ def matched(
     return found
 
 
-class RowwiseAdamW(torch.optim.AdamW):
+class RowwiseAdamW:
     """AdamW; the weights of `tables` by rows, as their forward asks for them, without weight decay.
+
+    `param_groups` and `state` are those of `torch.optim.AdamW`, whose function this calls. (To make one of
+    torch's optimisers imports its compiler, which takes a second of every start.)
 
     As long as this is in use they are behind: read them after `settle`. Beside AdamW's a table has two
     entries in `state`: `last` [rows], the step a row was brought to, and `owed` [steps and room for
@@ -62,8 +67,10 @@ class RowwiseAdamW(torch.optim.AdamW):
         *,
         lr: float,
         betas: tuple[float, float],
+        eps: float = 1e-8,
     ) -> None:
-        super().__init__([dict(group) for group in groups], lr=lr, betas=betas, fused=True)
+        self.param_groups = [{"lr": lr, "betas": betas, "eps": eps, **group} for group in groups]
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.tables: dict[int, Tensor] = {id(table.weight): table.weight for table in tables}
         """By `id`."""
         self._group = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -74,15 +81,39 @@ class RowwiseAdamW(torch.optim.AdamW):
             table.sparse = True
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
+    def step(self) -> None:
         """One update; rows of tables without a gradient make up for it when they are asked for."""
-        asked = {key: table.grad for key, table in self.tables.items()}
+        for group in self.param_groups:
+            found = [p for p in group["params"] if p.grad is not None and id(p) not in self.tables]
+            states = [self.state[p] for p in found]
+            for p, state in zip(found, states, strict=True):
+                if not state:
+                    state |= _begun(p)
+            if found:
+                adamw(
+                    found,
+                    [p.grad for p in found],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [],
+                    [state["step"] for state in states],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
         for table in self.tables.values():
-            table.grad = None
-        super().step()
-        for key, table in self.tables.items():
-            self._step(table, asked[key])
-            table.grad = asked[key]
+            self._step(table, table.grad)
+
+    def zero_grad(self) -> None:
+        """No parameter has a gradient any more."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def catch_up_all(self) -> None:
         """Bring all rows to the last step.
@@ -110,10 +141,7 @@ class RowwiseAdamW(torch.optim.AdamW):
     def _step(self, p: Tensor, gradient: Tensor | None) -> None:
         state, group = self.state[p], self._group[id(p)]
         if not state:
-            state |= {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
+            state |= _begun(p) | {
                 "last": torch.zeros(len(p), dtype=torch.int32, device=p.device),
                 "owed": torch.zeros(1, 2, dtype=torch.float64, device=p.device),
             }
@@ -127,6 +155,15 @@ class RowwiseAdamW(torch.optim.AdamW):
             move = _compiled("moved_rows") if p.device.type == "cpu" else moved_rows
             rows, own = gradient.indices()[0], gradient.values()
             move(p, state, rows, own, (first, second), rate * root, group["eps"] * root)
+
+
+def _begun(p: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter, before the first step."""
+    return {
+        "step": torch.zeros((), device=p.device),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }
 
 
 def _moved(owed: Tensor, now: int, size: tuple[float, float], shrink: tuple[float, float]) -> Tensor:

@@ -15,15 +15,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from cellray.model.decoder import Decoder
 from cellray.model.encoder import Encoder
 from cellray.model.student import Block
 from cellray.model.teacher import Fusion
 from cellray.train import workers
+from cellray.train.workers import shared_out
 
 UNITS: Mapping[type[nn.Module], tuple[str, ...]] = {
     Encoder: (),
@@ -41,6 +39,9 @@ class Shares:
 
     def __init__(self, root: nn.Module, device: str) -> None:
         """Takes them out of the memory of this worker, up to its part. All workers hold the same before."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
         mesh = init_device_mesh(device, (workers.world(),))
         self._units = []
         for parent, name, unit in list(_units(root)):
@@ -93,17 +94,17 @@ def _hollow(module: nn.Module) -> nn.Module:
 def own(tensor: Tensor) -> Tensor:
     """What this worker holds of a tensor: its rows, or all of one that is not shared out. No copy."""
     with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return tensor.to_local() if shared_out(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every worker; all of them have to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if shared_out(tensor) else tensor
 
 
 def rows_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor, on this worker, what it holds of `like`, shared out in the same way."""
-    if not isinstance(like, DTensor):
+    if not shared_out(like):
         return tensor
     rows = -(-len(tensor) // workers.world())
     return tensor[workers.rank() * rows : (workers.rank() + 1) * rows]
@@ -111,8 +112,10 @@ def rows_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This worker's rows as a part of a tensor that is shared out as `like` is."""
-    if not isinstance(like, DTensor):
+    if not shared_out(like):
         return tensor
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -124,8 +127,8 @@ def clip(parameters: list[nn.Parameter], most: float) -> float:
     Gradients of what is whole have to be the sums over the workers already.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    rows = [own(g) for g in gradients if isinstance(g, DTensor)]
-    rest = [workers.numbers(g) for g in gradients if not isinstance(g, DTensor)]
+    rows = [own(g) for g in gradients if shared_out(g)]
+    rest = [workers.numbers(g) for g in gradients if not shared_out(g)]
     square = nn.utils.get_total_norm(rest).square()
     if rows:
         square = square + workers.total(nn.utils.get_total_norm(rows).square())

@@ -1,12 +1,15 @@
 """What workers tell each other: sums, and rows whose gradients flow back. With one worker, nothing."""
 
+import sys
 from collections.abc import Container, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def world() -> int:
@@ -15,6 +18,15 @@ def world() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shared_out(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether each worker holds a part of it: a DTensor.
+
+    Where nothing has imported them, which takes most of a second of every start, nothing is.
+    """
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
 
 
 def total(values: Tensor) -> Tensor:
@@ -71,7 +83,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], tables: Container[int] = (
         p.grad = _gradient(p, table=id(p) in tables)
     if world() > 1:
         _unite([p for p in found if p.grad is not None and p.grad.is_sparse])
-    whole = [p.grad for p in found if p.grad is not None and not isinstance(p, DTensor)]
+    whole = [p.grad for p in found if p.grad is not None and not shared_out(p)]
     if world() == 1 or not whole:
         return
     rows = _touched([g for g in whole if not g.is_sparse and g.dim() == 2 and g.numel() >= TABLE])

@@ -99,7 +99,7 @@ def bare(run: Run, memory: Memory) -> Iterator[Delivery]:
             workers.sum_gradients(parameters, optimizer.tables)
             sharding.clip(parameters, setting.optim.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             yield cells, tokens, None
 
 

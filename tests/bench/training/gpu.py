@@ -86,7 +86,7 @@ class Trained:
         torch.stack(parts).sum().backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def rate(self, steps: int) -> float:
         """Cells a second."""
