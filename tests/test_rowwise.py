@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import math
 import subprocess
@@ -93,6 +94,22 @@ def test_rows_that_are_made_up_for_are_where_adamw_takes_them(plain):
     gradient = model.table.weight.grad
     assert gradient is not None
     assert not gradient.is_sparse
+
+
+def test_what_is_no_table_is_updated_as_by_torch_itself():
+    found = []
+    for way in (RowwiseAdamW, functools.partial(torch.optim.AdamW, fused=True)):
+        model = Model()
+        groups = [
+            {"params": [model.layer.weight, model.table.weight], "weight_decay": 0.1},
+            {"params": [model.layer.bias], "weight_decay": 0.0},
+        ]
+        own = way(groups, lr=1e-2, betas=(0.9, 0.98))
+        take(model, own, range(20))
+        found.append((model.state_dict(), [own.state[p] for p in model.parameters()]))
+    (one, kept), (two, wanted) = found
+    assert all(torch.equal(one[name], value) for name, value in two.items())
+    assert all(torch.equal(a[part], b[part]) for a, b in zip(kept, wanted, strict=True) for part in b)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-8, 1e-9])

@@ -53,7 +53,7 @@ class RowwiseAdamW:
     `param_groups` and `state` are those of `torch.optim.AdamW`, whose function this calls. (To make one of
     torch's optimisers imports its compiler, which takes a second of every start.)
 
-    As long as this is in use they are behind: read them after `settle`. Beside AdamW's a table has two
+    As long as this is in use the tables are behind: read them after `settle`. Beside AdamW's a table has two
     entries in `state`: `last` [rows], the step a row was brought to, and `owed` [steps and room for
     more, 2], how far a row that was brought to that step has moved since, in units of what it moves in
     a step of size 1: if the root of its second moment is large against `eps`, and if it is small.
