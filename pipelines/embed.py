@@ -145,8 +145,7 @@ def present(job: "Job") -> set[str]:
 
 def listed(job: "Job") -> set[str]:
     """Names of the files in OUTPUT/parts."""
-    fs, path = storage.locate(job.path("parts"))
-    return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
+    return set(storage.names(job.path("parts")))
 
 
 def difference(manifest: dict[str, Any], job: "Job") -> str:
@@ -212,8 +211,7 @@ def commit(job: "Job", facts: Sequence[dict[str, Any]]) -> None:
     from pipelines.parts import SCHEMA
 
     for name in listed(job) - {part.name for part in job.parts}:
-        fs, path = storage.locate(job.path("parts", name))
-        fs.rm_file(path)
+        storage.remove_file(job.path("parts", name))
     files, parts = [], []
     for number, file in enumerate(job.files):
         own = [fact for part, fact in zip(job.parts, facts, strict=True) if part.file == number]

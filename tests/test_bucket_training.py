@@ -1,5 +1,7 @@
 """Training whose checkpoints go to an object store that fails: it does not end, and comes to the same."""
 
+import threading
+
 import pytest
 
 from cellray.data import faults, storage
@@ -54,6 +56,31 @@ def test_failing_requests_cost_no_step(server, tmp_path):
     assert plan.injected.total() > 3
     assert sum("saved" in event for event in events) > 2
     assert found == calm
+
+
+def test_what_is_done_with_is_listed_and_removed_once_the_bucket_is_back(server, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for name in ("a/1", "a/2", "b"):
+        storage.write_bytes(f"s3://runs/done/{name}", b"x")
+
+    def gone():
+        server.plan = plan = proxy.Plan(1.0, {"error": 1})
+        threading.Timer(1.0, setattr, (server, "plan", None)).start()
+        return plan
+
+    plan = gone()
+    assert storage.names("s3://runs/done") == ["a", "b"]
+    assert plan.injected.total() > 1
+    for remove, url in (
+        (storage.remove_file, "s3://runs/done/b"),
+        (storage.remove_folder, "s3://runs/done/a"),
+    ):
+        plan = gone()
+        remove(url)
+        assert plan.injected.total() > 1
+        assert not storage.exists(url)
+        remove(url)  # what is not there is no error
+    assert storage.names("s3://runs/done") == []
 
 
 @pytest.mark.slow

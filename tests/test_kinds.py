@@ -115,7 +115,7 @@ def test_the_kind_that_is_asked_for_is_exported_and_answers(run, scored, kind):
 
 def test_export_compares_the_kinds_where_nobody_has(run, scored):
     storage.write_bytes(run.path("scores.json"), b'[{"task": "a"}]')
-    checkpoint.remove(run.path("students.json"))
+    storage.remove_file(run.path("students.json"))
     auto = asking(run, "auto")
     choice = chosen(auto)
     assert choice["kind"] == students.choose(choice["kinds"])[0]

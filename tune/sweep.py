@@ -330,8 +330,7 @@ def run_trials(
         ),
     )
     tuner.fit()
-    fs, path = storage.locate(storage.join(recipe.run, "tune"))
-    fs.rm(path, recursive=True)
+    storage.remove_folder(storage.join(recipe.run, "tune"))
     if len(watch.outcomes) == len(drawn):
         watch.line.finish()
     return sorted(watch.outcomes, key=lambda t: (t.state != "finished", t.state == "failed", t.loss or 0.0))

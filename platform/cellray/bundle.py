@@ -62,8 +62,7 @@ def write(url: str, embedder: Embedder, *, golden: Counts) -> str:
     if isinstance(fs, LocalFileSystem):
         _write_folder(Path(path), files | {MANIFEST: manifest})
     else:
-        if storage.exists(storage.join(url, MANIFEST)):
-            fs.rm_file(storage.join(path, MANIFEST))
+        storage.remove_file(storage.join(url, MANIFEST))
         for name, data in files.items():
             storage.write_bytes(storage.join(url, name), data)
         storage.write_bytes(storage.join(url, MANIFEST), manifest)

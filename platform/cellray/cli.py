@@ -224,14 +224,15 @@ def validate(options: argparse.Namespace) -> int:
 def _kind(path: str) -> str:
     """What stands at `path`: "bundle", "store" or "file". ValueError for a folder of no known kind."""
     from cellray.data import storage
+    from cellray.data.faults import retried
 
     fs, inner = storage.locate(path)
-    if not fs.exists(inner):
+    if not storage.exists(path):
         raise ValueError(f"{path} does not exist")
     for name, kind in (("manifest.json", "bundle"), ("store.json", "store")):
         if storage.exists(storage.join(path, name)):
             return kind
-    if fs.isdir(inner) and not any(
+    if retried(path, lambda: fs.isdir(inner)) and not any(
         storage.exists(storage.join(path, name)) for name in (".zgroup", "zarr.json", ".zattrs")
     ):
         raise ValueError(

@@ -131,7 +131,7 @@ def test_checkpoints_are_saved_found_and_restored(bucket):
     assert torch.equal(root.weight, again.weight)
     checkpoint.commit(stage, root, {"steps": 4})
     assert checkpoint.load(stage, again)["steps"] == 4
-    checkpoint.remove(folder)
+    storage.remove_folder(folder)
     assert checkpoint.steps(folder) == []
 
 

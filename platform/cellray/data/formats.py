@@ -63,7 +63,7 @@ def opened(url: str) -> Iterator[Any]:
             if isinstance(fs, LocalFileSystem):
                 with naming(url):
                     check_folder(path)
-            if fs.exists(f"{path}/__group") or fs.exists(f"{path}/__tiledb_group.tdb"):
+            if any(storage.exists(storage.join(url, name)) for name in ("__group", "__tiledb_group.tdb")):
                 # It builds on this module; and most never need it.
                 from cellray.data import soma
 
@@ -80,7 +80,8 @@ def opened(url: str) -> Iterator[Any]:
         try:
             root = h5py.File(file, "r")
         except OSError as error:
-            raise _no_hdf5(url, bytes(fs.cat_file(path, start=0, end=512)), str(error)) from None
+            head = bytes(retried(url, lambda: fs.cat_file(path, start=0, end=512)))
+            raise _no_hdf5(url, head, str(error)) from None
         stack.enter_context(root)
         with naming(url):
             check_hdf5(root)

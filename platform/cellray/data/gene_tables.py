@@ -12,7 +12,6 @@ chromosome come first, then by file name. What the others call a gene is an alia
 
 import gzip
 import io
-import posixpath
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cellray.data import storage
+from cellray.data.faults import retried
 from cellray.data.genes import PREFIXES, Genes, Table, gene_id
 from cellray.data.storage import join, locate, read_bytes, sha256
 
@@ -90,9 +91,9 @@ def read_genes(url: str) -> Genes:
 def _names(url: str) -> list[str]:
     """Names of the tables in the folder."""
     fs, path = locate(url)
-    if not fs.isdir(path):
+    if not retried(url, lambda: fs.isdir(path)):
         raise ValueError(f"there is no folder of gene tables at {url}")
-    found = sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+    found = storage.names(url)
     names = [name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     if not names:
         raise ValueError(

@@ -20,7 +20,6 @@ import ray
 from cellray.data import report, storage, units
 from cellray.data.assembly import Making, assemble
 from cellray.data.editions import Edition, before, newest
-from cellray.data.faults import retried
 from cellray.data.features import Tally, targets
 from cellray.data.group import Group, Part
 from cellray.data.plan import Plan, fingerprint, inputs_of, survey
@@ -61,7 +60,7 @@ def ingest(recipe: Recipe, store_url: str, on_event: Event | None = None) -> dic
     inputs = inputs_of(recipe)
     held = newest(store_url)
     if held is not None and not lacking(held, inputs, store_url):
-        _remove(_parts(recipe, store_url, inputs, before(held)))
+        storage.remove_folder(_parts(recipe, store_url, inputs, before(held)))
         return held.report
     plan = survey(recipe, inputs, held.report if held else None)
     if not plan.groups:
@@ -281,7 +280,7 @@ class _Run:
 
     def clean(self) -> None:
         """Remove the parts."""
-        _remove(self.parts)
+        storage.remove_folder(self.parts)
 
     def _folder(self, facts: Any) -> str:
         """Where parts are that depend on `facts`: what failed in an earlier run may not have failed now."""
@@ -296,7 +295,7 @@ class _Run:
         call: Callable[[Any], Call],
     ) -> dict[int, str]:
         """Do the units of one step that are missing; the first error of each origin that has one."""
-        there = _files(folder)
+        there = set(storage.names(folder))
         missing = [own for own in todo if path("", own.number).rpartition("/")[2] not in there]
         total = sum(len(own) for own in todo)
         done = total - sum(len(own) for own in missing)
@@ -353,20 +352,6 @@ def _parts(recipe: Recipe, store: str, inputs: dict[str, Any], held: Edition | N
     key = f"{PARTS} {fingerprint(inputs)} {recipe.ingest.unit_cells} {held.sha256 if held else ''}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return storage.join(storage.absolute(store), f".parts-{name}")
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder, if it is there: after the commit, by the run that made it or the next one."""
-    if storage.exists(folder):
-        fs, path = storage.locate(folder)
-        retried(folder, lambda: fs.rm(path, recursive=True))
-
-
-def _files(folder: str) -> set[str]:
-    """Names of what is in `folder`."""
-    fs, where = storage.locate(folder)
-    found = retried(folder, lambda: fs.ls(where, detail=False)) if storage.exists(folder) else []
-    return {name.rstrip("/").rpartition("/")[2] for name in found}
 
 
 def _silent(step: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ do not repeat, such as bodies that are too short. Bytes that are wrong but as ma
 are found by their hash alone: `read_verified`.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -92,6 +93,30 @@ def exists(url: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def names(url: str) -> list[str]:
+    """Names of what is in the folder at `url`, sorted; none where there is no folder."""
+    fs, path = locate(url)
+    try:
+        found = retried(url, lambda: fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in found)
+
+
+def remove_file(url: str) -> None:
+    """Delete the file at `url`, if there is one."""
+    fs, path = locate(url)
+    with contextlib.suppress(FileNotFoundError):
+        retried(url, lambda: fs.rm_file(path))
+
+
+def remove_folder(url: str) -> None:
+    """Delete the folder at `url` and all that is in it, if there is one."""
+    fs, path = locate(url)
+    with contextlib.suppress(FileNotFoundError):
+        retried(url, lambda: fs.rm(path, recursive=True))
 
 
 def read_bytes(url: str) -> bytes:

@@ -73,12 +73,7 @@ def edition_path(url: str, number: int) -> str:
 
 def editions(url: str) -> list[str]:
     """The manifests of the store at `url`, oldest first; none where there is no store. One listing."""
-    fs, path = storage.locate(url)
-    try:
-        files = retried(url, lambda: fs.ls(path, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    names = {str(file).rstrip("/").rpartition("/")[2] for file in files}
+    names = storage.names(url)
     if "store.json" not in names:
         return []
     later = sorted(int(m[1]) for name in names if (m := EDITION.fullmatch(name)))

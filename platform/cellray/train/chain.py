@@ -135,7 +135,7 @@ def _vectors(
         if lead:
             whole = pa.concat_tables([read_table(part) for part in parts])
             storage.write_bytes(path, arrow.encode(whole.combine_chunks()))
-            checkpoint.remove(folder)
+            storage.remove_folder(folder)
         workers.barrier()
         emit({"stage": "teacher", "step": steps, "steps": steps, "finish": True})
     return TeacherVectors(read_table(path), store.cells["cell_id"].combine_chunks())

@@ -25,7 +25,6 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cellray.data import storage
-from cellray.data.faults import retried
 from cellray.train import workers
 from cellray.train.averages import Averages
 from cellray.train.parts import Part, joined
@@ -120,8 +119,8 @@ def _tidy(folder: str, step: int, keep: int) -> None:
     whole = [s for s in found if storage.exists(_place(folder, s, MANIFEST))]
     for old in set(steps(folder)) - set(whole[-keep:]):
         # Without its manifest it is none, however far the rest gets.
-        _remove_file(_place(folder, old, MANIFEST))
-        remove(_place(folder, old))
+        storage.remove_file(_place(folder, old, MANIFEST))
+        storage.remove_folder(_place(folder, old))
 
 
 def _place(folder: str, step: int, *parts: str) -> str:
@@ -130,13 +129,7 @@ def _place(folder: str, step: int, *parts: str) -> str:
 
 def steps(folder: str) -> list[int]:
     """Steps of which a checkpoint was begun, rising."""
-    fs, path = storage.locate(folder)
-    try:
-        entries = retried(folder, lambda: fs.ls(path, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries]
-    return sorted(int(name) for name in names if re.fullmatch(r"\d{8}", name))
+    return [int(name) for name in storage.names(folder) if re.fullmatch(r"\d{8}", name)]
 
 
 def newest(
@@ -344,18 +337,3 @@ def load(folder: str, root: nn.Module) -> dict[str, Any]:
         )
     root.load_state_dict(from_bytes(data), strict=True)
     return facts
-
-
-def remove(folder: str) -> None:
-    """Delete a folder, if it is there."""
-    fs, path = storage.locate(folder)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
-
-
-def _remove_file(url: str) -> None:
-    fs, path = storage.locate(url)
-    try:
-        fs.rm_file(path)
-    except FileNotFoundError:
-        return

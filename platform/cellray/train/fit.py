@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cellray.data import storage
 from cellray.data.store import Store
 from cellray.model.decoder import Decoder
 from cellray.model.encoder import Encoder
@@ -149,7 +150,7 @@ def run_stage(
     facts = {**work.facts(), "started_from": started_from, **gauges.facts(), **work.curve()}
     if work.lead:
         facts = checkpoint.commit(run.path("stages", stage.name), root, facts)
-        checkpoint.remove(work.folder)
+        storage.remove_folder(work.folder)
     return dict(workers.from_first(facts))
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from cellray.data import storage
-from cellray.data.faults import retried
 from cellray.train.ending import Stopped
 
 BEAT = 3.0
@@ -73,7 +72,7 @@ def _take(folder: str, run: str, say: Callable[[str], None], stop: threading.Eve
             # This process slept through another's time, whose number is gone. Theirs is the later one.
             continue
         for old in found:
-            _forget(_path(folder, old))
+            storage.remove_file(_path(folder, old))
         return number, mine
 
 
@@ -174,18 +173,4 @@ def _read(folder: str, number: int) -> Facts:
 
 def _numbers(folder: str) -> list[int]:
     """Numbers of all drivers that are known, rising."""
-    fs, path = storage.locate(folder)
-    try:
-        entries = retried(folder, lambda: fs.ls(path, detail=False))
-    except FileNotFoundError:
-        return []
-    names = [entry.rsplit("/", 1)[-1] for entry in entries]
-    return sorted(int(name[:6]) for name in names if re.fullmatch(r"\d{6}\.json", name))
-
-
-def _forget(url: str) -> None:
-    fs, path = storage.locate(url)
-    try:
-        fs.rm_file(path)
-    except FileNotFoundError:
-        return
+    return [int(name[:6]) for name in storage.names(folder) if re.fullmatch(r"\d{6}\.json", name)]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cellray.data import storage
-from cellray.data.faults import retried
 
 WAIT = 60.0
 """Seconds that the first worker waits for the parts of the others, after its own."""
@@ -48,9 +47,8 @@ class Part:
 
     def _there(self, folder: str) -> dict[int, tuple[str, str]]:
         """Worker -> name and hash of its part, of those that are there."""
-        fs, path = storage.locate(folder)
-        names = [entry.rsplit("/", 1)[-1] for entry in retried(folder, lambda: fs.ls(path, detail=False))]
-        parts = (re.fullmatch(rf"part-{self.attempt}-(\d+)-([0-9a-f]+)\.safetensors", name) for name in names)
+        form = re.compile(rf"part-{self.attempt}-(\d+)-([0-9a-f]+)\.safetensors")
+        parts = (form.fullmatch(name) for name in storage.names(folder))
         return {int(part[1]): (part[0], part[2]) for part in parts if part}
 
 
