@@ -17,6 +17,8 @@ from cellray.train.ending import TERMINATED
 from tests import stores
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("short")
+
 
 def command(folder, *settings):
     """`python -m pipelines.pretrain` in a process group of its own."""

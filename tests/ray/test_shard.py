@@ -7,6 +7,8 @@ from cellray.train.chain import chain
 from tests import stores
 from tests.ray.test_pretrain import command
 
+pytestmark = pytest.mark.usefixtures("short")
+
 NAMES = ("unimodal-rna", "joint", "distil", "control")
 
 

@@ -230,22 +230,14 @@ def test_an_interrupted_sweep_keeps_what_ended_and_tells_why_a_trial_failed(swep
     assert json.loads(Path(made.run, "best.json").read_text()) == trials[0].settings
 
 
-@pytest.fixture
-def short():
-    """A folder for what a killed Ray leaves; sockets in it need a short path."""
-    folder = Path(f"/tmp/k{os.getpid() % 10**6}")
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
-
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on_with_the_same_command(atlas, tmp_path, root, short):
+@pytest.mark.usefixtures("short")
+def test_a_sweep_that_was_killed_goes_on_with_the_same_command(atlas, tmp_path, root):
     here = "tests.ray.test_sweep"
     args = [sys.executable, "-m", "tune.sweep", f"{here}:recipe", f"{here}:hopeless",
             f"dataset.rna={atlas}/cite_rna.h5ad", f"run={tmp_path}/run", "sweep.stage=unimodal-rna",
             "sweep.trials=2", "unimodal.epochs=60", "checkpoint_seconds=0.5"]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": f"{root}/platform:{root}", "TMPDIR": str(short)}
+    env = os.environ | {"PYTHONPATH": f"{root}/platform:{root}"}
     first = subprocess.Popen(args, cwd=root, env=env, start_new_session=True)
     waiting = time.monotonic() + 240
     while not (tmp_path / "run/trials/000/checkpoints").exists():

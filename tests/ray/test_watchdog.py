@@ -12,6 +12,8 @@ from cellray.train import checkpoint
 from tests import stores
 from tests.ray.test_pretrain import await_checkpoints, command, of, outcome
 
+pytestmark = pytest.mark.usefixtures("short")
+
 HANG = 10.0
 """Seconds without a step that are allowed: more than a busy machine takes for the first one."""
 CHANGES = {"stages": "unimodal", "unimodal.epochs": "20", "workers": "2", "checkpoint_seconds": "0.1"}
