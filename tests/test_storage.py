@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 
@@ -106,3 +107,10 @@ def test_paths_join_and_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/x") == str(tmp_path / "runs/x")
     assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
+
+
+@pytest.mark.parametrize("call", [storage.names, storage.remove_file, storage.remove_folder])
+def test_a_local_disk_that_fails_is_not_asked_again(tmp_path, call):
+    with pytest.raises(OSError, match="too long") as error:
+        call(str(tmp_path / ("x" * 300)))
+    assert error.value.errno == errno.ENAMETOOLONG

@@ -15,7 +15,7 @@ import io
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -99,7 +99,7 @@ def names(url: str) -> list[str]:
     """Names of what is in the folder at `url`, sorted; none where there is no folder."""
     fs, path = locate(url)
     try:
-        found = retried(url, lambda: fs.ls(path, detail=False))
+        found = _tried(url, fs, lambda: fs.ls(path, detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in found)
@@ -109,14 +109,19 @@ def remove_file(url: str) -> None:
     """Delete the file at `url`, if there is one."""
     fs, path = locate(url)
     with contextlib.suppress(FileNotFoundError):
-        retried(url, lambda: fs.rm_file(path))
+        _tried(url, fs, lambda: fs.rm_file(path))
 
 
 def remove_folder(url: str) -> None:
     """Delete the folder at `url` and all that is in it, if there is one."""
     fs, path = locate(url)
     with contextlib.suppress(FileNotFoundError):
-        retried(url, lambda: fs.rm(path, recursive=True))
+        _tried(url, fs, lambda: fs.rm(path, recursive=True))
+
+
+def _tried(url: str, fs: fsspec.AbstractFileSystem, call: Callable[[], Any]) -> Any:
+    """`call`, which a server that fails is asked again; a local disk is not, and its errors stand."""
+    return call() if isinstance(fs, LocalFileSystem) else retried(url, call)
 
 
 def read_bytes(url: str) -> bytes:

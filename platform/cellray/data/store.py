@@ -110,6 +110,7 @@ class Stored(NamedTuple):
     total: np.ndarray
 
     def counts(self) -> Counts:
+        """The tokens with their counts as they are."""
         whole = joined(self.offsets, self.low, self.width, self.ends, self.high)
         return Counts(self.offsets, self.ids, whole, self.total)
 

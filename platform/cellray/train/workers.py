@@ -23,7 +23,7 @@ def rank() -> int:
 def shared_out(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether each worker holds a part of it: a DTensor.
 
-    Where nothing has imported them, which takes most of a second of every start, nothing is.
+    Where nothing has imported them, which takes half a second of every start, nothing is.
     """
     found = sys.modules.get("torch.distributed.tensor")
     return found is not None and isinstance(tensor, found.DTensor)
