@@ -99,7 +99,8 @@ def decoder(seed=0, likelihood="negative_binomial"):
     found = Decoder(30, 16, likelihood)
     with torch.no_grad():
         found.bias.normal_()
-        found.dispersion.normal_()
+        if likelihood == "negative_binomial":
+            found.dispersion.normal_()
         found.feature.weight.normal_()
     return found
 
@@ -140,6 +141,23 @@ def test_gradients_of_the_negative_binomial_are_those_of_every_term_everywhere()
         torch.autograd.grad(found, trained), torch.autograd.grad(wanted, trained), strict=True
     ):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "negative_binomial"])
+@pytest.mark.parametrize("ids", [None, torch.tensor([3, 29, 0, 7])], ids=["every", "asked"])
+def test_a_prior_weighs_squared_departures_from_the_mean_profile(likelihood, ids):
+    model, cell, depth = decoder(likelihood=likelihood), torch.randn(5, 16), torch.rand(5)
+    counts = torch.ones(5, 30 if ids is None else 4)
+    plain = model.negative_log_likelihood(cell, counts, depth, ids)
+    found = model.negative_log_likelihood(cell, counts, depth, ids, prior=0.3)
+    feature = model.feature.weight if ids is None else model.feature.weight[ids]
+    departures = model.direction(cell) @ feature.T
+    torch.testing.assert_close(found - plain, 0.3 * departures.square().sum())
+    mean = [model.bias, model.slope]
+    for own, other in zip(
+        torch.autograd.grad(found, mean, retain_graph=True), torch.autograd.grad(plain, mean), strict=True
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
 def test_decoders_begin_at_the_mean_profile(tmp_path):

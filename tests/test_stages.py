@@ -72,6 +72,26 @@ def test_a_step_lowers_the_loss_of_its_batch(run):
     assert root.training
 
 
+def test_the_prior_of_stage_3_is_for_what_rna_does_not_show_and_fades_with_the_cells(run):
+    batch = only(run, share(run, 0), "rna").batch
+    losses = {}
+    for prior in (0.0, 50.0, 100.0):
+        work, _ = stage(run, "distil")
+        work.view.setting = dataclasses.replace(work.view.setting, prior=prior)
+        losses[prior] = {name: loss.sum.item() for name, loss in work.losses(batch, 0).items()}
+    changed = {name for name, value in losses[0.0].items() if losses[50.0][name] != value}
+    assert changed == {"decode-atac", "decode-protein"}
+    for name in ("atac", "protein"):
+        some = batch.take(np.flatnonzero((batch.present >> NAMES.index(name)) & 1))
+        decoder, vocabulary = work.view.student.decoder(name), run.tokenizer.vocabularies[name]
+        asked = asked_features(len(vocabulary), work.view.setting.queries, work.view.seed, 0)
+        rows = slice(None) if asked is None else torch.from_numpy(asked)
+        said = decoder.direction(work.view(some, 0).embedding.float()) @ decoder.feature.weight[rows].T
+        per_cell = said.square().sum().item() / vocabulary.cells[""]
+        extra = [losses[prior][f"decode-{name}"] - losses[0.0][f"decode-{name}"] for prior in (50.0, 100.0)]
+        assert extra == pytest.approx([50 * per_cell, 100 * per_cell], rel=1e-2)
+
+
 def test_the_value_of_a_hidden_token_is_nowhere_in_the_input(run):
     counts = run.store.read(np.arange(60)).counts["rna"]
     rows = np.arange(60)

@@ -21,5 +21,5 @@ def recipe() -> Recipe:
         student=StudentNetwork(hidden=512, blocks=1),
         unimodal=Unimodal(epochs=8.0, hidden=0.3),
         joint=Joint(epochs=8.0, mask=0.3, dropout=0.3, match=0.05, others=0.3),
-        distil=Distil(epochs=20.0, mask=0.5, decode=1.0, queries=8192),
+        distil=Distil(epochs=20.0, mask=0.5, decode=1.0, queries=8192, prior=20.0),
     )

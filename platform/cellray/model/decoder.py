@@ -80,11 +80,18 @@ class Decoder(nn.Module):
         return self.reference + self.depth(cell).squeeze(1)
 
     def negative_log_likelihood(
-        self, cell: Tensor, counts: Tensor, log_depth: Tensor, ids: Tensor | None = None
+        self,
+        cell: Tensor,
+        counts: Tensor,
+        log_depth: Tensor,
+        ids: Tensor | None = None,
+        *,
+        prior: float = 0.0,
     ) -> Tensor:
         """Sum over cells and asked features, plus the squared error of the predicted depth. Scalar.
 
-        `counts` [cells, asked features] are raw.
+        `counts` [cells, asked features] are raw. With `prior` so many times the squared departures from
+        the mean profile come to it.
         The depth head learns from a detached vector, so depth does not shape the embedding
         beyond what the counts themselves say.
         """
@@ -96,6 +103,10 @@ class Decoder(nn.Module):
             dispersion = self.dispersion if ids is None else self.dispersion.index_select(0, ids)
             shape = F.softplus(dispersion) + 1e-4
             fit = _negative_binomial(counts, predicted.clamp(max=15.0), shape)
+        if prior:
+            bias = self.bias if ids is None else self.bias.index_select(0, ids)
+            mean = bias + (self.slope * (log_depth - self.reference))[:, None]
+            fit = fit + prior * (predicted - mean).square().sum()
         return fit + (self.log_depth(cell.detach()) - log_depth).square().sum()
 
 

@@ -283,6 +283,13 @@ class Distil:
     """Weight of decoding counts: RNA, and what is missing where it is known."""
     queries: int = 1024
     """Most features asked of each decoder in a step."""
+    prior: float = 0.0
+    """Against too much said of new cells by decoders that learnt from few: of the squared departures from
+    the mean profile this much, divided by the cells measured in the modality, is added to the misfit of a
+    cell. Not in decoding RNA, which the student sees."""
+
+    def __post_init__(self) -> None:
+        _within("distil.prior", self.prior, 0.0, 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cellray.data.ranking import by_rank, pooled_weight
 from cellray.data.store import Batch
-from cellray.data.tokens import Counts, Tokenizer, Vocabulary
+from cellray.data.tokens import POOLED, Counts, Tokenizer, Vocabulary
 from cellray.model.decoder import Decoder
 from cellray.model.student import Student, StudentOutput
 from cellray.model.teacher import Teacher
@@ -82,6 +82,7 @@ def decoding(
     queries: int,
     keys: tuple[int, ...],
     weight: float = 1.0,
+    prior: float = 0.0,
 ) -> Loss:
     """How badly `cell` [cells, width] explains `counts`, per counted feature among those asked for."""
     asked = asked_features(len(vocabulary), queries, *keys)
@@ -89,7 +90,7 @@ def decoding(
     wanted = targets(counts, len(vocabulary), asked, device)
     depth = torch.from_numpy(np.log1p(counts.total).astype(np.float32)).to(device)
     ids = None if asked is None else torch.from_numpy(asked).to(device)
-    fit = decoder.negative_log_likelihood(cell, wanted, depth, ids)
+    fit = decoder.negative_log_likelihood(cell, wanted, depth, ids, prior=prior)
     return Loss(fit, float((wanted > 0).sum()), weight)
 
 
@@ -275,14 +276,17 @@ class View:
         return self.student(tokens.ids, tokens.values / (1 - share), tokens.offsets[:-1], tokens.depth)
 
     def decoding(self, name: str, batch: Batch, rows: np.ndarray, embedding: Tensor, step: int) -> Loss:
+        vocabulary = self.tokenizer.vocabularies[name]
+        prior = self.setting.prior / max(1, vocabulary.cells[POOLED])
         return decoding(
             self.student.decoder(name),
-            self.tokenizer.vocabularies[name],
+            vocabulary,
             batch.counts[name].take(rows),
             embedding[torch.from_numpy(rows).to(self.device)],
             queries=self.setting.queries,
             keys=(self.seed, step),
             weight=self.setting.decode,
+            prior=0.0 if name == "rna" else prior,
         )
 
 

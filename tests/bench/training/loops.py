@@ -49,6 +49,10 @@ LONG = Size(
     "recipe small with 512 tokens attended",
     ("modalities.rna.context=512", "feed.tokens=32768"),
 )
+LARGE = Size(
+    "recipe small with 512 tokens attended, batches four times as large",
+    ("modalities.rna.context=512", "feed.tokens=131072", "feed.cells=256"),
+)
 
 
 def overhead(report: Report, place: Place, effort: Effort, size: Size) -> Iterator[Sequence[Driver]]:
@@ -143,18 +147,22 @@ def _pairs(run: Path, rows: Sequence[Mapping[str, float]]) -> list[tuple[float, 
     return [(before[row["step"]], row) for row in rows]
 
 
-def workers(report: Report, place: Place, effort: Effort, cores: Sequence[int]) -> Iterator[Sequence[Driver]]:
+def workers(
+    report: Report, place: Place, effort: Effort, size: Size, cores: Sequence[int]
+) -> Iterator[Sequence[Driver]]:
     """Two workers with the same global batch against one, and two trainings of their own against one."""
-    what = "two workers / one"
+    tokens = int(dict(word.split("=") for word in size.settings)["feed.tokens"])
+    what = f"two workers / one, batches of {tokens:,} tokens"
     if len(cores) < 2:
         yield []
         report.add(Row(what=what, value=None, unit="times", goal=1.8, note="left out: one core"))
         return
     a, b = cores[:2]
-    store, size = str(place.store()), LONG
+    store = str(place.store())
 
     def driver(name: str, *on: int) -> Driver:
-        arguments = ["loop", store, str(place.run(name)), *size.settings, "--cores", *map(str, on)]
+        run = place.run(f"{name}-{tokens}")
+        arguments = ["loop", store, str(run), *size.settings, "--cores", *map(str, on)]
         return Driver(name, TRAINING, arguments, pinned=False)
 
     one, other, two = driver("one", a), driver("other", b), driver("two", a, b)
