@@ -4,6 +4,7 @@ Ray's control plane runs whatever it is sent, so whoever reaches it owns the mac
 here listens on the loopback address alone; one at an address is spoken to with a token or not at all.
 """
 
+import fcntl
 import importlib.util
 import logging
 import os
@@ -14,7 +15,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +98,48 @@ def connect(
     else:
         paths = [*(str(own.parent) for own in packages()), os.environ.get("PYTHONPATH", "")]
         runtime_env = {"env_vars": env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}}
-    folder = None if remote else tempfile.mkdtemp(prefix="cellray-", dir=_short_folder())
+    with nullcontext() if remote else scratch() as folder:
+        try:
+            if folder is None:
+                _join(remote, runtime_env, worker_output)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus or max(4, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes,
+                    log_to_driver=worker_output,
+                    logging_level=logging.ERROR,
+                    runtime_env=runtime_env,
+                    _temp_dir=folder,
+                )
+            yield
+        finally:
+            ray.shutdown(wait_for_processes=True)
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """A folder for Ray's files, removed in the end, and now those of processes that were killed meanwhile.
+
+    Whoever has one holds a lock in it, which ends with the process however that ends.
+    """
+    parent = Path(_short_folder() or tempfile.gettempdir())
+    for mark in parent.glob("cellray-*/alive"):
+        # An OSError: its owner lives, has just removed it, or is another user.
+        with suppress(OSError):
+            if mark.parent.lstat().st_uid == os.getuid():
+                with mark.open() as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(mark.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="cellray-", dir=parent))
     try:
-        if folder is None:
-            _join(remote, runtime_env, worker_output)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=cpus or max(4, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=object_store_bytes,
-                log_to_driver=worker_output,
-                logging_level=logging.ERROR,
-                runtime_env=runtime_env,
-                _temp_dir=folder,
-            )
-        yield
+        with (folder / "begun").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            (folder / "begun").rename(folder / "alive")  # others see it when it is locked, not before
+            yield str(folder)
     finally:
-        ray.shutdown(wait_for_processes=True)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def packages() -> list[Path]:

@@ -38,6 +38,18 @@ with cluster.connect(sys.argv[1], cpus=2, object_store_bytes=128 << 20):
 """
 
 
+LASTING = """
+import time
+from cellray import cluster
+
+with cluster.connect("local", cpus=1, object_store_bytes=128 << 20):
+    import ray
+
+    print(ray._private.worker._global_node.get_temp_dir_path(), flush=True)
+    time.sleep(600)
+"""
+
+
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
     """An interpreter with everything that is installed here except cellray."""
@@ -84,6 +96,28 @@ def test_a_local_cluster_leaves_no_files_and_no_processes(local):
     assert not Path(folder).exists()
     commands = [_command(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()]
     assert not [command for command in commands if folder in command]
+
+
+def test_what_a_killed_driver_leaves_is_removed_by_the_next_one(short, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", os.environ["TMPDIR"])
+    foreign = Path(tempfile.gettempdir(), "cellray-other")  # that of somebody who holds no lock in it
+    foreign.mkdir()
+    driver = subprocess.Popen([sys.executable, "-c", LASTING], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    try:
+        folder = Path(driver.stdout.readline().strip())
+        assert folder.parent == foreign.parent
+        with cluster.scratch() as own:
+            assert folder.is_dir()
+            assert Path(own).is_dir()
+    finally:
+        driver.kill()
+        driver.communicate()
+    assert folder.is_dir()
+    with cluster.scratch() as own:
+        assert not folder.exists()
+    assert not Path(own).exists()
+    assert foreign.is_dir()
 
 
 def test_a_local_cluster_listens_on_loopback_alone(ray_session):
