@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cellray.tasks import annotation, translation
+from cellray.tasks.inputs import DRAWN
 from cellray.tasks.score import score
 from cellray.train.recipe import Score
 from tests.bench import pairs
@@ -65,6 +66,7 @@ def test_models_and_baselines_scored_apart_are_the_rows_of_the_report():
             if m is None
             else translation.results(cells, m, SETTINGS.features, ("student",), quiet)
         ),
+        drawn=DRAWN,
     )
     simple = job.figures(
         scored,
@@ -74,6 +76,7 @@ def test_models_and_baselines_scored_apart_are_the_rows_of_the_report():
             if m is None
             else translation.results(cells, m, SETTINGS.features, translation.baseline_names(m), quiet)
         ),
+        drawn=DRAWN,
     )
     assert set(ours) == set(simple) == {"annotation", "RNA to ATAC", "RNA to protein"}
     both = {task: brief({"tasks": ours})["tasks"][task]["results"] for task in ours}

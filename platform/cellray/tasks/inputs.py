@@ -215,14 +215,19 @@ def variable_genes(log: sp.csr_matrix) -> np.ndarray:
     return np.sort(np.argsort(-variance, kind="stable")[:GENES])
 
 
-def cohort(scored: Scored, dataset: str, wanted: np.ndarray, *, seeds: int, bootstrap: int) -> Cohort | str:
-    """The cells of `dataset` among `wanted` (bool [cells]), or why there are too few to score."""
+def cohort(
+    scored: Scored, dataset: str, wanted: np.ndarray, *, seeds: int, bootstrap: int, drawn: float = DRAWN
+) -> Cohort | str:
+    """The cells of `dataset` among `wanted` (bool [cells]), or why there are too few to score.
+
+    Each seed draws a share of the training cells, `drawn`.
+    """
     test = scored.cells["test"].to_numpy(bool)
     fit, held = np.flatnonzero(wanted & ~test), np.flatnonzero(wanted & test)
     if len(fit) < 50 or len(held) < 20:
         return f"{len(fit)} training and {len(held)} held-out cells; 50 and 20 are needed"
     train, kept = _few(fit, FIT_CELLS), _few(held, TEST_CELLS)
-    size = max(1, round(DRAWN * len(train)))
+    size = max(1, round(drawn * len(train)))
     draws = tuple(
         np.sort(np.random.default_rng(seed).choice(len(train), size, replace=False)) for seed in range(seeds)
     )

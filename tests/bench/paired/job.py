@@ -70,13 +70,16 @@ def opened(job: Mapping[str, Any]) -> Any:
     return run
 
 
-def figures(scored: Any, settings: Any, models: Callable[[Any, Any], list[Any]]) -> dict[str, Any]:
+def figures(
+    scored: Any, settings: Any, models: Callable[[Any, Any], list[Any]], *, drawn: float = 1.0
+) -> dict[str, Any]:
     """Task -> the split in words, and results model by model, as JSON; resamples follow each value.
 
-    `models` gives the results of some cells, for annotation (None) or for translation to a modality.
+    `models` gives the results of some cells, for annotation (None) or for translation to a modality. Probes
+    and baselines are fitted to the share `drawn` of the training cells: to all, as the published baselines.
     """
     found: dict[str, Any] = {}
-    for task, modality, cells in cohorts(scored, settings):
+    for task, modality, cells in cohorts(scored, settings, drawn):
         assert task not in found, "one data set of pairs at a time"
         results = {
             result.model: {
@@ -91,7 +94,7 @@ def figures(scored: Any, settings: Any, models: Callable[[Any, Any], list[Any]])
     return found
 
 
-def cohorts(scored: Any, settings: Any) -> Iterator[tuple[str, Any, Any]]:
+def cohorts(scored: Any, settings: Any, drawn: float) -> Iterator[tuple[str, Any, Any]]:
     """Task, modality that is translated to (None: annotation), and the cells. ValueError if too few."""
     from cellray.tasks import missing
     from cellray.tasks.inputs import cohort
@@ -104,7 +107,8 @@ def cohorts(scored: Any, settings: Any) -> Iterator[tuple[str, Any, Any]]:
             continue
         modality = by_name[unit.modality] if unit.modality else None
         wanted = scored.paired(unit.dataset, unit.modality) if modality else scored.labelled(unit.dataset)
-        cells = cohort(scored, unit.dataset, wanted, seeds=settings.seeds, bootstrap=settings.bootstrap)
+        often = {"seeds": settings.seeds, "bootstrap": settings.bootstrap}
+        cells = cohort(scored, unit.dataset, wanted, **often, drawn=drawn)
         if isinstance(cells, str):
             raise ValueError(f"{unit}: {cells}")
         yield task_name(modality) if modality else unit.task, modality, cells
