@@ -4,7 +4,8 @@ python -m tests.bench.pairs [--only snareseq pbmc] [--seeds N] [--processes N] [
 
 Every fifth cell by its name's md5 is held out. A run is a process of its own with one thread, without Ray;
 what has been ingested, trained and measured is kept, so that a bench cut short goes on. Probes and baselines
-are fitted to all training cells, baselines three times with other random numbers. Prints a table, writes runs/bench/pairs.json with losses, settings and all figures.
+are fitted to all training cells, baselines three times with other random numbers. Prints a table, writes
+runs/bench/pairs.json with losses, settings and all figures.
 """
 
 import argparse
