@@ -175,6 +175,19 @@ def test_a_label_to_drop_that_no_cell_has_is_refused(tmp_path):
         plan(tmp_path, *rows, ingest__drop_labels="B")
 
 
+def test_cells_whose_label_says_nothing_are_kept_without_one(tmp_path):
+    write(anndata(poisson(4, 6), obs={"type": list("abcb")}), tmp_path / "rna.h5ad")
+    rows = [rows_of(rna="rna")[0] | {"label": "type"}]
+    plain = plan(tmp_path, *rows)
+    found = plan(tmp_path, *rows, ingest__unlabelled="b", ingest__drop_labels="c")
+    assert found.groups[0].about["label"].tolist() == ["a", "", "c", ""]
+    assert found.dropped["d"].tolist() == [False, False, True, False]
+    assert "unlabelled" not in plain.inputs["ingest"]
+    assert found.fingerprint != plan(tmp_path, *rows, ingest__drop_labels="c").fingerprint
+    with pytest.raises(ValueError, match="unlabelled has 'B', but no cell has this label; there are a, b, c"):
+        plan(tmp_path, *rows, ingest__unlabelled="B")
+
+
 def test_a_data_set_that_cannot_be_read_is_left_out_and_listed(tmp_path, pair):
     (tmp_path / "bad.h5ad").write_text("<html>not found</html>")
     bad = {"dataset": "bad", "modality": "rna", "url": "bad.h5ad"}

@@ -6,7 +6,7 @@ Reads names and what is known of each cell out of every file; writes nothing.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from cellray.data.harmony import Harmony, harmony
 from cellray.data.isolation import isolated_map
 from cellray.data.lineage import identity
 from cellray.data.modalities import Modality
+from cellray.data.texts import Texts
 from cellray.train.recipe import Recipe
 
 VERSION = 3
@@ -65,6 +66,8 @@ def inputs_of(recipe: Recipe) -> dict[str, Any]:
         "shard_bytes": recipe.ingest.shard_bytes,
         "qc": asdict(recipe.qc),
     }
+    if recipe.ingest.unlabelled:  # not in stores that are older than the setting
+        settings["unlabelled"] = sorted(recipe.ingest.unlabelled)
     return {
         "version": VERSION,
         "ingest": settings | harmony(recipe.ingest.genes, recipe.ingest.peaks).facts,
@@ -103,31 +106,40 @@ def survey(
         raise ValueError("no data set of the atlas can be read: " + "; ".join(f["reason"] for f in failed))
     _check_species(groups, there, harmony(recipe.ingest.genes, recipe.ingest.peaks))
     modalities = {part.file.modality for group in groups for part in group.parts}
+    if not there:
+        _check_labels(groups, recipe)
     return Plan(
         modalities=tuple(m for m in recipe.modalities if m.name in modalities),
-        groups=tuple(groups),
+        groups=tuple(_unlabelled(group, recipe.ingest.unlabelled) for group in groups),
         failed=tuple(failed),
-        dropped=_dropped(groups, recipe.ingest.drop_labels, there),
+        dropped={group.name: _labelled(group, recipe.ingest.drop_labels) for group in groups},
         inputs=inputs or inputs_of(recipe),
     )
 
 
-def _dropped(
-    groups: Sequence[Group], labels: Sequence[str], there: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """Cells that have one of `labels`. ValueError for a label that no cell has, unless a store is there."""
+def _check_labels(groups: Sequence[Group], recipe: Recipe) -> None:
+    """ValueError for a label of the settings that no cell has."""
     known = sorted({label for group in groups for label in group.about["label"].values} - {""})
-    for label in labels:
-        if label not in known and not there:
-            raise ValueError(
-                f"ingest.drop_labels has {label!r}, but no cell has this label; there are "
-                f"{', '.join(known) or 'no labels'}"
-            )
-    found = {}
-    for group in groups:
-        texts = group.about["label"]
-        found[group.name] = np.array([label in labels for label in texts.values], bool)[texts.codes]
-    return found
+    for setting in ("drop_labels", "unlabelled"):
+        for label in getattr(recipe.ingest, setting):
+            if label not in known:
+                raise ValueError(
+                    f"ingest.{setting} has {label!r}, but no cell has this label; there are "
+                    f"{', '.join(known) or 'no labels'}"
+                )
+
+
+def _labelled(group: Group, labels: Sequence[str]) -> np.ndarray:
+    """Which cells have one of `labels`, bool [cells]."""
+    texts = group.about["label"]
+    return np.array([label in labels for label in texts.values], bool)[texts.codes]
+
+
+def _unlabelled(group: Group, labels: Sequence[str]) -> Group:
+    """The group, whose cells with one of `labels` have none."""
+    texts = group.about["label"]
+    values = ["" if label in labels else label for label in texts.values]
+    return replace(group, about=group.about | {"label": Texts.coded(texts.codes, values)})
 
 
 def _check_species(groups: Sequence[Group], there: Mapping[str, Any], harmony: Harmony) -> None:

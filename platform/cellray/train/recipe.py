@@ -69,6 +69,8 @@ class Ingest:
 
     drop_labels: tuple[str, ...] = ()
     """Cells with these labels are dropped, and reported."""
+    unlabelled: tuple[str, ...] = ()
+    """Labels that say nothing, such as unassigned: their cells are read and trained on, without a label."""
     min_cells: int = 1
     """Features counted in fewer cells are left out of the vocabulary, and reported."""
     genes: str = ""
