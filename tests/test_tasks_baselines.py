@@ -42,10 +42,11 @@ def test_ridge_finds_a_line_and_ignores_noise():
     assert noise.std() < 0.2
 
 
-def test_an_mlp_learns_labels_detections_and_values():
+@pytest.mark.parametrize("size", [360, 400], ids=["some", "all"])
+def test_an_mlp_learns_labels_detections_and_values(size):
     train, codes = groups()
     test, truth = groups(seed=1)
-    draw = np.sort(np.random.default_rng(0).choice(400, 360, replace=False))
+    draw = np.sort(np.random.default_rng(0).choice(400, size, replace=False))
     logits = networks.mlp(train, codes, draw, test, outputs=3, loss="label", seed=0)
     assert (logits.argmax(axis=1) == truth).mean() > 0.95
     seen = (codes[:, None] == np.arange(3)).astype(np.float32)

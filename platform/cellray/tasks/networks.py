@@ -40,14 +40,19 @@ def mlp(
 
     `loss` says what `wanted` holds for the training cells: "label" codes (logits come back),
     "detection" 0/1 (logits) or "value" (values). It learns from the `drawn` positions; the other
-    training cells decide after which epoch it was best. One hidden layer, dropout, AdamW.
+    training cells decide after which epoch it was best, a tenth of the drawn ones where there are no
+    others. One hidden layer, dropout, AdamW.
     """
+    left = np.setdiff1d(np.arange(len(known)), drawn)
+    if not len(left):
+        mixed = np.random.default_rng(seed).permutation(drawn)
+        left, drawn = np.split(mixed, [max(1, len(mixed) // 10)])
     middle, scale = known.mean(axis=0), known.std(axis=0) + 0.1
     inputs = torch.from_numpy(((known - middle) / scale).astype(np.float32))
     targets = torch.from_numpy(wanted)
     asked = torch.from_numpy(((test - middle) / scale).astype(np.float32))
     learn = torch.from_numpy(drawn)
-    watch = torch.from_numpy(np.setdiff1d(np.arange(len(known)), drawn))
+    watch = torch.from_numpy(left)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
