@@ -186,4 +186,4 @@ def test_what_is_kept_depends_on_what_it_read(tmp_path, monkeypatch):
     assert runs().store != store
     recipe = runs().run(2)
     assert (recipe.split.by, recipe.split.fraction, recipe.seed) == ("cell", 0.2, 2)
-    assert recipe.ingest.unlabelled == ("Mis",)
+    assert recipe.ingest.drop_labels == ("Mis",)

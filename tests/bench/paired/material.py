@@ -77,7 +77,7 @@ SNARESEQ = Pairs(
             "species": "=mouse",
         },
     ),
-    settings={"ingest.unlabelled": "Mis"},
+    settings={"ingest.drop_labels": "Mis"},
     goals=(
         Goal(task="annotation", metric="accuracy", value=0.915, model=LINEAR),
         Goal(task="annotation", metric="macro F1", value=0.79, model=LINEAR),
@@ -114,7 +114,7 @@ PBMC = Pairs(
             "species": "=human",
         },
     ),
-    settings={"ingest.unlabelled": "unassigned"},
+    settings={"ingest.drop_labels": "unassigned"},
     goals=(Goal(task="RNA to protein", metric="Pearson", value=0.855, model="student"),),
 )
 ALL: Mapping[str, Pairs] = {one.name: one for one in (SNARESEQ, PBMC)}
