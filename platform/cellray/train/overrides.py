@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,19 @@ def changed(node: Any, path: list[str], value: Any, key: str) -> Any:
     if is_dataclass(old) and not isinstance(value, type(old)):
         raise ValueError(f"{key} is a group of settings: {', '.join(typing.get_type_hints(type(old)))}")
     return dataclasses.replace(node, **{path[0]: _typed(hints[path[0]], value, key)})
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting in `node` as (dotted key, value); keys are those that `changed` takes."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            for item in value:
+                yield from leaves(item, f"{prefix}{field.name}.{item.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
 
 
 def _unknown(key: str, name: str, names: list[str]) -> ValueError:

@@ -10,12 +10,12 @@ import importlib
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from cellray.data.modalities import BUILT_IN, Modality
 from cellray.data.qc import QC
-from cellray.train.overrides import built, changed
+from cellray.train.overrides import built, changed, leaves
 
 T = TypeVar("T")
 
@@ -492,16 +492,4 @@ def fingerprint(recipe: Recipe) -> str:
 
 def describe(recipe: Recipe) -> list[tuple[str, Any]]:
     """Every setting as (dotted key, value), for `--help` and error messages."""
-
-    def walk(node: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if is_dataclass(value):
-                yield from walk(value, f"{prefix}{f.name}.")
-            elif isinstance(value, tuple) and value and is_dataclass(value[0]):
-                for item in value:
-                    yield from walk(item, f"{prefix}{f.name}.{item.name}.")
-            else:
-                yield f"{prefix}{f.name}", value
-
-    return list(walk(recipe, ""))
+    return list(leaves(recipe))

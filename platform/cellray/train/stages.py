@@ -277,7 +277,7 @@ class View:
 
     def decoding(self, name: str, batch: Batch, rows: np.ndarray, embedding: Tensor, step: int) -> Loss:
         vocabulary = self.tokenizer.vocabularies[name]
-        prior = self.setting.prior / max(1, vocabulary.cells[POOLED])
+        prior = 0.0 if name == "rna" else self.setting.prior / max(1, vocabulary.cells[POOLED])
         return decoding(
             self.student.decoder(name),
             vocabulary,
@@ -286,7 +286,7 @@ class View:
             queries=self.setting.queries,
             keys=(self.seed, step),
             weight=self.setting.decode,
-            prior=0.0 if name == "rna" else prior,
+            prior=prior,
         )
 
 
