@@ -1,5 +1,6 @@
 """The benches measure what they say: shuffle quality, rounds, rows, and material made alike twice."""
 
+import argparse
 import json
 import os
 
@@ -16,6 +17,7 @@ from tests.bench.drivers import encodings
 from tests.bench.drivers.packing import portion
 from tests.bench.harness.report import Report, Row, ratio
 from tests.bench.harness.rounds import Driver, in_turns, started
+from tests.bench.harness.sections import Size, about, measure, sized
 
 SMALL = Cells(cells=1_000, genes=2_000, nonzero=150.0, labels=4)
 
@@ -124,6 +126,40 @@ def driver():
     own = Driver("burning", "tests.bench.drivers.burning")
     with started([own]):
         yield own
+
+
+def test_sections_start_their_drivers_together_and_are_measured_one_after_another():
+    seen = []
+
+    def section(name):
+        own = Driver(name, "tests.bench.drivers.burning")
+        yield [own]
+        seen.append((name, own.ask("round 0.05")["batches"]))
+
+    measure({"one": lambda: section("one"), "other": lambda: section("other")})
+    assert [name for name, batches in seen if batches] == ["one", "other"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (4_096, 3, 2.0)),
+        (["--quick"], (1_024, 2, 0.5)),
+        (["--quick", "--cells", "2048", "--seconds", "1"], (2_048, 2, 1.0)),
+    ],
+)
+def test_a_bench_measures_as_much_as_it_is_told_to(words, expected, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", *words])
+    found = sized(argparse.ArgumentParser(), Size(4_096, 3, 2.0), Size(1_024, 2, 0.5), cells="cells")
+    assert (found.cells, found.rounds, found.seconds) == expected
+    assert bool(about(found)) == found.quick
+
+
+def test_a_bench_on_less_than_a_batch_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--cells", "1000"])
+    with pytest.raises(SystemExit):
+        sized(argparse.ArgumentParser(), Size(4_096, 3, 2.0), Size(1_024, 2, 0.5), cells="cells")
+    assert "--cells must be at least 1,024" in capsys.readouterr().err
 
 
 def test_a_round_counts_the_time_of_threads_and_ends_at_a_whole_window(driver):

@@ -12,10 +12,11 @@ that have no environment yet are left out: a run without --quick makes their env
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tests.bench.harness.sections import Section, Size, about, measure, sized
 
 if TYPE_CHECKING:
     from tests.bench.datalayer.material import Material
@@ -28,7 +29,6 @@ OTHERS = ("annbatch", "huggingface", "webdataset", "ray", "scdataset")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="reduced sizes, under a minute")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -37,17 +37,8 @@ def arguments() -> argparse.Namespace:
         default=[],
         help=f"sections ({', '.join(SECTIONS)}) or, of the section feed, competitors ({', '.join(OTHERS)})",
     )
-    parser.add_argument("--cells", type=int, help="cells of the largest store [196,608; quick 4,096]")
-    parser.add_argument("--rounds", type=int, help="rounds of each measurement [5; quick 2]")
-    parser.add_argument("--seconds", type=float, help="least seconds of a round [2; quick 0.3]")
     parser.add_argument("--out", default="runs/bench", help="results, data and environments [%(default)s]")
-    found = parser.parse_args()
-    found.cells = found.cells or (4_096 if found.quick else 196_608)
-    found.rounds = found.rounds or (2 if found.quick else 5)
-    found.seconds = found.seconds or (0.3 if found.quick else 2.0)
-    if found.cells < 1_024:
-        parser.error("--cells must be at least 1,024, one batch")
-    return found
+    return sized(parser, Size(196_608, 5, 2.0), Size(4_096, 2, 0.3), cells="cells of the largest store")
 
 
 def main() -> int:
@@ -57,8 +48,7 @@ def main() -> int:
     from tests.bench.harness.report import Report, Row
 
     folder = Path(options.out).absolute()
-    about = f"{options.cells:,} cells, {options.rounds} rounds of {options.seconds:g} s"
-    report = Report(folder / "data.json", quick=about if options.quick else "")
+    report = Report(folder / "data.json", quick=about(options))
     material = Material(folder, options.cells, options.quick, cpus=2 if options.quick else 4)
     effort = reading.Effort(options.rounds, options.seconds)
     others = [name for name in options.only if name in OTHERS]
@@ -69,6 +59,7 @@ def main() -> int:
         for name, what in left_out.items():
             why = f"left out: it takes too long; run without --quick, or with --quick --only {name}"
             report.add(Row(what=what, value=None, unit="times", goal=0.9, note=why))
+    parts = made(report, material, effort, others or OTHERS)
     try:
         if "ingest" in sections:
             assert material.ray  # it starts while files are written
@@ -79,21 +70,20 @@ def main() -> int:
         for group in [*([name] for name in alone), [name for name in sections if name not in alone]]:
             if "ingest" not in group:
                 material.dismiss()
-            measure(group, report, material, effort, others or OTHERS)
+            measure({name: parts[name] for name in group})
     finally:
         material.close()
     print(f"written: {report.path}")
     return 0
 
 
-def measure(
-    sections: Sequence[str], report: "Report", material: "Material", effort: "Effort", others: Sequence[str]
-) -> None:
-    """The rows of `sections`, whose drivers start together."""
+def made(
+    report: "Report", material: "Material", effort: "Effort", others: Sequence[str]
+) -> dict[str, Section]:
+    """What to call for the rows of each section."""
     from tests.bench.datalayer import reading, writing
-    from tests.bench.harness.rounds import started
 
-    parts = {
+    return {
         "ingest": lambda: writing.ingest(report, material, effort),
         "feed": lambda: reading.feed(report, material, effort, others),
         "tokenizers": lambda: reading.tokenizers(report, material, effort),
@@ -101,15 +91,6 @@ def measure(
         "train": lambda: reading.train(report, material, effort),
         "memory": lambda: reading.memory(report, material, effort),
     }
-    start = time.perf_counter()
-    running = {name: parts[name]() for name in sections}
-    drivers = [driver for part in running.values() for driver in next(part)]
-    with started(drivers):
-        print(f"… {len(drivers)} drivers started: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        for name, part in running.items():
-            start = time.perf_counter()
-            assert next(part, None) is None, f"the section {name} yields its drivers once"
-            print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

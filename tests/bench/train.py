@@ -13,16 +13,13 @@ With --quick a figure means what it means without, but on fewer cells, shallower
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.bench.harness.sections import Section, Size, about, measure, sized
+
 if TYPE_CHECKING:
     from tests.bench.harness.report import Report
-    from tests.bench.harness.rounds import Driver
-
-    Section = Callable[[], Iterator[Sequence[Driver]]]
 
 SECTIONS = (
     "packing",
@@ -45,7 +42,6 @@ PEAKS = {"student": 25_000, "peaks": 120_000, "tables": 1_150_000}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="reduced sizes, under a minute")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -54,18 +50,10 @@ def arguments() -> argparse.Namespace:
         default=[],
         help=f"sections ({', '.join(SECTIONS)})",
     )
-    parser.add_argument("--cells", type=int, help="cells of a store [8,192; quick 1,024]")
     parser.add_argument("--layers", type=int, help="of the networks over all genes [2; quick 1; published 6]")
-    parser.add_argument("--rounds", type=int, help="rounds of each measurement [5; quick 2]")
-    parser.add_argument("--seconds", type=float, help="least seconds of a round [4; quick 0.7]")
     parser.add_argument("--out", default="runs/bench", help="results and stores [%(default)s]")
-    found = parser.parse_args()
-    found.cells = found.cells or (1_024 if found.quick else 8_192)
+    found = sized(parser, Size(8_192, 5, 4.0), Size(1_024, 2, 0.7), cells="cells of a store")
     found.layers = found.layers or (1 if found.quick else 2)
-    found.rounds = found.rounds or (2 if found.quick else 5)
-    found.seconds = found.seconds or (0.7 if found.quick else 4.0)
-    if found.cells < 1_024:
-        parser.error("--cells must be at least 1,024")
     return found
 
 
@@ -75,8 +63,7 @@ def main() -> int:
     from tests.bench.training.loops import Place
 
     folder = Path(options.out).absolute()
-    about = f"{options.cells:,} cells, {options.rounds} rounds of {options.seconds:g} s"
-    report = Report(folder / "train.json", quick=about if options.quick else "")
+    report = Report(folder / "train.json", quick=about(options))
     sections = [name for name in SECTIONS if name in (options.only or (QUICK if options.quick else SECTIONS))]
     place = Place(folder, options.cells)
     parts = made(report, place, options)
@@ -88,7 +75,7 @@ def main() -> int:
     return 0
 
 
-def made(report: "Report", place: object, options: argparse.Namespace) -> "dict[str, Section]":
+def made(report: "Report", place: object, options: argparse.Namespace) -> dict[str, Section]:
     """What to call for the rows of each section."""
     from tests.bench.datalayer.reading import Effort
     from tests.bench.training import costs, gpu, loops
@@ -111,21 +98,6 @@ def made(report: "Report", place: object, options: argparse.Namespace) -> "dict[
         "bf16": lambda: costs.published(report, effort, shape, "bf16"),
         "gpu": lambda: gpu.rows(report, options.rounds, 2 if options.quick else 10),
     }
-
-
-def measure(parts: "dict[str, Section]") -> None:
-    """The rows of these sections, whose drivers start together."""
-    from tests.bench.harness.rounds import started
-
-    start = time.perf_counter()
-    running = {name: part() for name, part in parts.items()}
-    drivers = [driver for part in running.values() for driver in next(part)]
-    with started(drivers):
-        print(f"… {len(drivers)} drivers started: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        for name, part in running.items():
-            start = time.perf_counter()
-            assert next(part, None) is None, f"the section {name} yields its drivers once"
-            print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
