@@ -124,6 +124,29 @@ def test_who_was_overtaken_is_told(tmp_path):
     assert "released" not in files(tmp_path)["000002.json"]
 
 
+def test_a_store_that_is_slow_when_a_driver_ends_still_hears_of_it(tmp_path, monkeypatch):
+    """Else nobody but a new process could ever train the run again."""
+    begun, answer, write = threading.Event(), threading.Event(), lease._write
+
+    def slow(*facts):
+        begun.set()
+        assert answer.wait(20)
+        write(*facts)
+
+    monkeypatch.setattr(lease, "PATIENCE", 0.1)
+    with held(tmp_path):
+        monkeypatch.setattr(lease, "_write", slow)
+        assert begun.wait(10)
+    assert "released" not in files(tmp_path)["000001.json"]
+    answer.set()
+    until = time.monotonic() + 10
+    while not files(tmp_path)["000001.json"].get("released"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with held(tmp_path):
+        assert list(files(tmp_path)) == ["000002.json"]
+
+
 def race(run, rounds, drivers=8):
     """Many come at once after one that died elsewhere; the number of those that drive at a time, at most."""
     most, now, lock, winners = 0, 0, threading.Lock(), []

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ BEAT = 3.0
 """Seconds between two signs of life."""
 EXPIRY = 30.0
 """Seconds without a sign of life after which a driver counts as dead; ten beats."""
+PATIENCE = 3.0
+"""Seconds that a driver which ends waits, at the most, until its last word is written."""
 
 Facts = dict[str, Any]
 
@@ -52,9 +54,7 @@ def held(
         yield
     finally:
         over.set()
-        thread.join(BEAT)
-        if not lost.is_set() and not thread.is_alive():
-            _write(folder, number, {**facts, "released": True})
+        thread.join(PATIENCE)
 
 
 def _take(folder: str, run: str, say: Callable[[str], None], stop: threading.Event) -> tuple[int, Facts]:
@@ -142,16 +142,20 @@ def _started(pid: int) -> str:
 
 
 def _beat(folder: str, number: int, facts: Facts, over: threading.Event, lost: threading.Event) -> None:
-    """Show that this process lives until `over`; set `lost` when another drives."""
+    """Show that this process lives until `over`, then that it has ended; set `lost` when another drives.
+
+    The last word is said here too: were it said elsewhere, a sign of life that a slow store is still
+    writing could come after it.
+    """
     while not over.wait(BEAT):
         facts["beat"] += 1
-        try:
+        with suppress(OSError):  # a store that fails now is asked again; nobody else can write to it either
             if _numbers(folder)[-1:] != [number]:
                 lost.set()
                 return
             _write(folder, number, facts)
-        except OSError:
-            continue  # a store that fails now is asked again; nobody else can write to it either
+    with suppress(OSError):  # then its silence says it
+        _write(folder, number, {**facts, "released": True})
 
 
 def _path(folder: str, number: int) -> str:
