@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from cellray.data import truth
 from cellray.data.split import held_out
@@ -187,6 +188,22 @@ def test_the_type_mean_correlates_with_nothing_within_type_and_the_truth_with_al
     assert bench.within_type(real) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("cohort", measures.COHORTS)
+def test_types_are_learnt_from_training_cells_and_scored_on_held_out_ones(bench, cohort):
+    found = measures.simple_types(bench)
+    train, test = bench.rows(cohort)
+    types = bench.cells.cell_type
+    names, number = np.unique(types[train], return_counts=True)
+    majority = np.mean(types[test] == names[number.argmax()])
+    assert found[f"label of {cohort}/majority"] == pytest.approx(majority)
+    counts = bench.cells.counts["rna"].toarray()
+    profiles = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True).clip(1))
+    model = LogisticRegression(C=0.1, max_iter=2000).fit(profiles[train], types[train])
+    right = model.score(profiles[test], types[test])
+    assert found[f"label of {cohort}/logistic regression on genes"] == pytest.approx(right, abs=0.02)
+    assert majority < found[f"label of {cohort}/logistic regression on PCA"] <= 1
+
+
 MODELS = {"teacher": 0.8, "teacher of RNA": 0.4, "student": 0.5, "control": 0.1, "random": 0.1}
 FIGURES = {
     **{f"value of rna/{name}": value for name, value in (("model", 0.4), ("per-feature mean", 0.5))},
@@ -208,6 +225,7 @@ def test_rows_say_what_was_met_and_name_the_baseline():
         f"RNA to ATAC/{m}": v for m, v in (("type mean", 0), ("ridge on PCA", 0.02), ("kNN on PCA", 0.04))
     }
     others = simple | {f"state of {c}/all there is to know of RNA": 0.7 for c in ("pairs", "cite")}
+    others["label of cite/majority"] = 0.2
     found = {r.what: r for r in rows(Results([FIGURES] * 2, [wrong] * 2, [], others, why_not="no time"))}
     error = found["stage 1, rna: error of hidden values, under"]
     assert (error.value, error.goal, error.met) == (pytest.approx(20), 10, True)
@@ -220,6 +238,8 @@ def test_rows_say_what_was_met_and_name_the_baseline():
     assert joint.baseline.startswith("kNN on PCA")
     left = found["state, RNA + ATAC, pairs shuffled: share of the gain that is left"]
     assert (left.value, left.met) == (pytest.approx(0.5), False)
+    assert found["type, RNA + protein: majority"].value == 0.2
+    assert found["type, RNA + protein: student"].value == 0.5
     assert found["ours - reference"].value is None
     assert "no time" in found["ours - reference"].note
 

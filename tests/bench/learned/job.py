@@ -62,10 +62,10 @@ def calibrated(job: Mapping[str, Any], material: Any) -> dict[str, Any]:
 
 def compared(job: Mapping[str, Any], material: Any) -> dict[str, Any]:
     """Baselines and ceilings."""
-    from tests.bench.learned.measures import Bench, ceilings, simple
+    from tests.bench.learned.measures import Bench, ceilings, simple, simple_types
 
     begun, bench = time.process_time(), Bench(material)
-    figures = simple(bench) | ceilings(bench)
+    figures = simple(bench) | simple_types(bench) | ceilings(bench)
     say(f"{job['label']}: {time.process_time() - begun:.0f} CPU-s")
     return {"figures": figures}
 

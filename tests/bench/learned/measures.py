@@ -347,6 +347,23 @@ def _type_means(known: np.ndarray, kinds: np.ndarray, test: np.ndarray) -> np.nd
     return np.asarray(means[test])
 
 
+def simple_types(bench: Bench) -> Figures:
+    """Cell types of held-out donors by models that were never pretrained."""
+    names, codes = np.unique(bench.cells.cell_type, return_inverse=True)
+    found: Figures = {}
+    for name in COHORTS:
+        cohort = bench.cohort(name)
+        known, truth, key = codes[cohort.train], codes[cohort.test], f"label of {name}/"
+        for seen, fit, (cells, asked) in (
+            ("PCA", baselines.linear_probe, cohort.components),
+            ("genes", baselines.gene_regression, cohort.profiles),
+        ):
+            chance = fit(cells, known, asked, len(names))
+            found[f"{key}logistic regression on {seen}"] = float((chance.argmax(axis=1) == truth).mean())
+        found[f"{key}majority"] = float((truth == np.bincount(known).argmax()).mean())
+    return found
+
+
 def ceilings(bench: Bench) -> Figures:
     """How well the state can be told by those who are taught it, or know the simulator."""
     found: Figures = {}

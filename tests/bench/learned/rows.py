@@ -151,6 +151,9 @@ def state(r: Results) -> list[Row]:
         for model in _NAMES:
             values = each(r.ours, f"label of {cohort}/{model}")
             found.append(over(values, f"type, {words}: {_NAMES[model]}", "accuracy"))
+        for name, value in r.others.items():
+            if name.startswith(f"label of {cohort}/"):
+                found.append(given(value, f"type, {words}: {name.partition('/')[2]}", "accuracy"))
     return found
 
 
