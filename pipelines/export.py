@@ -50,7 +50,7 @@ def refuse(recipe: Recipe) -> None:
 def student_of(run: Any, scores: Sequence[Mapping[str, Any]] | None = None) -> Any:
     """The run's student as an embedder: its label head and reference fitted on training cells."""
     from cellray.embedder import Embedder
-    from cellray.train.recipe import distil_stage
+    from cellray.train.stages import distil_stage
     from pipelines.score import saved
 
     store = run.store

@@ -9,6 +9,7 @@ from typing import Any
 
 from cellray import cluster
 from cellray.data import storage
+from cellray.data.atlas import files
 from cellray.train.progress import Progress
 from cellray.train.recipe import Recipe, fingerprint
 from pipelines import ingest as ingesting
@@ -21,6 +22,7 @@ from pipelines.score import CPUS, gather, saved, score, silent, student_facts
 
 def run(recipe: Recipe, options: Options) -> None:
     refuse(recipe)
+    with_rna(recipe)
     if options.dry_run:
         ingesting.run(recipe, options)
         return
@@ -28,6 +30,16 @@ def run(recipe: Recipe, options: Options) -> None:
     with Progress(options.progress) as progress:
         report = full(recipe, progress)
     print(summary(recipe, report, time.monotonic() - began))
+
+
+def with_rna(recipe: Recipe) -> None:
+    """ValueError where no file of the atlas can hold what a student reads."""
+    known = {file.modality for file in files(recipe)}
+    if not known & {"", "rna"}:
+        raise ValueError(
+            f"a student reads RNA, and the atlas names {' and '.join(sorted(known))} alone: add the RNA, or "
+            "train without a student by pipelines.ingest, and pipelines.pretrain with stages=unimodal,joint"
+        )
 
 
 def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:

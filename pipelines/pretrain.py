@@ -73,12 +73,13 @@ def pretrain(recipe: Recipe, progress: Progress) -> None:
 
 
 def run(recipe: Recipe, options: Options) -> None:
+    from cellray.train.chain import check
     from cellray.train.run import Run
 
     if options.dry_run:
         print(costs(Run(recipe)))
         return
-    _ = Run(recipe).store  # before Ray starts: without a store there is nothing to train on
+    check(Run(recipe))  # before Ray starts
     with cluster.connect(threads=recipe.threads), Progress(options.progress) as progress:
         pretrain(recipe, progress)
 

@@ -17,15 +17,20 @@ from cellray.train.run import Run
 SIMULATION = Simulation(cells=400, genes=120, peaks=150, proteins=12, types=4, donors=5, seed=3)
 
 
-def write(folder, simulation=SIMULATION, shard=150, **more):
+def write(folder, simulation=SIMULATION, shard=150, measured=("rna", "atac", "protein"), **more):
     """A store with every simulated cell, in the simulator's order, `shard` cells a shard.
 
-    `more` is known of the cells: assay, species, …
+    Cells in which none of the modalities `measured` is are left out. `more` is known of the cells: assay,
+    species, …
     """
-    cells = cells_of(simulation, 0, simulation.cells)
+    cells, known = cells_of(simulation, 0, simulation.cells), [m for m in BUILT_IN if m.name in measured]
+    present = np.zeros(len(cells), np.uint32)
+    for bit, modality in enumerate(known):
+        present |= ((cells.present.astype(np.uint32) >> BUILT_IN.index(modality)) & 1) << bit
+    cells, present = cells.take(np.flatnonzero(present)), present[present > 0]
     names = {"rna": gene_ids(simulation), "atac": peak_ids(simulation), "protein": protein_ids(simulation)}
-    vocabularies, present = {}, cells.present.astype(np.uint32)
-    for bit, modality in enumerate(BUILT_IN):
+    vocabularies = {}
+    for bit, modality in enumerate(known):
         has = (present >> bit) & 1
         matrix = cells.counts[modality.name].tocsc()
         sums = {POOLED: np.asarray(matrix.sum(axis=0)).ravel().astype(np.int64)}
@@ -39,12 +44,12 @@ def write(folder, simulation=SIMULATION, shard=150, **more):
     for name in vocabularies:
         matrix = cells.counts[name].tocsr()
         depth = np.asarray(matrix.sum(axis=1)).ravel()
-        counts[name] = tokenizer.rank(name, matrix, depth, [""] * simulation.cells)
-    about = {name: [""] * simulation.cells for name in ABOUT}
-    about |= {"dataset": ["sim"] * simulation.cells, "donor": cells.donor.astype(str).tolist()}
+        counts[name] = tokenizer.rank(name, matrix, depth, [""] * len(cells))
+    about = {name: [""] * len(cells) for name in ABOUT}
+    about |= {"dataset": ["sim"] * len(cells), "donor": cells.donor.astype(str).tolist()}
     about["label"] = cells.cell_type.astype(str).tolist()
     about |= more
-    ids = [f"sim:c{i}" for i in range(simulation.cells)]
+    ids = [f"sim:c{i}" for i in range(len(cells))]
     table = cell_table(tokenizer, ids, about, present, counts)
     write_table(folder, table, tokenizer, shard)
 

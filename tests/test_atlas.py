@@ -2,6 +2,7 @@ import pytest
 
 from cellray.data.atlas import files, from_dataset, read_atlas
 from cellray.train.recipe import DataSet, Recipe, override
+from pipelines.full import with_rna
 from tests.files import table
 
 KNOWN = ("rna", "atac", "protein")
@@ -108,3 +109,10 @@ def test_a_recipe_reads_either_a_table_or_a_data_set(tmp_path):
         files(Recipe())
     with pytest.raises(ValueError, match="the data set has no file"):
         files(override(Recipe(), {"dataset.label": "x"}))
+
+
+def test_the_whole_path_is_refused_without_rna_before_anything_is_read():
+    with pytest.raises(ValueError, match=r"names atac and protein alone: add the RNA, .*=unimodal,joint"):
+        with_rna(override(Recipe(), {"dataset.atac": "a.h5ad", "dataset.protein": "p.h5ad"}))
+    with_rna(override(Recipe(), {"dataset.atac": "a.h5ad", "dataset.rna": "r.h5ad"}))
+    with_rna(override(Recipe(), {"dataset.multi": "m.h5mu"}))

@@ -7,7 +7,7 @@ import torch
 
 from cellray.data import storage
 from cellray.train import checkpoint
-from cellray.train.chain import chain, outlook
+from cellray.train.chain import chain, check, outlook
 from cellray.train.fit import learning_rate, plan_of
 from cellray.train.recipe import Optim, override
 from cellray.train.run import Run
@@ -74,6 +74,33 @@ def test_the_outlook_is_what_training_then_does(tmp_path):
         )
         assert done["curve"][-1]["step"] == done["steps"]
     assert all(s.finished for s in outlook(run))
+
+
+def test_a_stage_that_reads_what_no_cell_has_is_refused_before_anything_is_trained(tmp_path):
+    stores.write(str(tmp_path / "store"), measured=("atac", "protein"))
+    said = r"distil reads rna, and .* holds atac, protein alone\. Ingest rna too, .* stages=unimodal,joint"
+    for refuse in (check, outlook, lambda run: chain(run, lambda event: None)):
+        with pytest.raises(ValueError, match=said):
+            refuse(quick(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
+    run = quick(tmp_path, stages="unimodal,joint")
+    assert [stage.name for stage in outlook(run)] == ["unimodal-atac", "unimodal-protein", "joint"]
+    chain(run, lambda event: None)
+    assert run.trained_teacher().names == ("atac", "protein")
+
+
+def test_a_stage_whose_cells_are_all_held_out_is_refused(tmp_path):
+    run = quick(tmp_path)
+    has = run.store.cells["present"].to_numpy() & 4 > 0
+    run.split = (has, run.split[1])
+    with pytest.raises(ValueError, match=rf"unimodal-protein has no cell .* {has.sum()} have protein"):
+        check(run)
+
+
+@pytest.mark.parametrize("stages", ["", "joint,joint", "unimodal,jonit"])
+def test_stages_are_named_each_once(tmp_path, stages):
+    with pytest.raises(ValueError, match="stages"):
+        quick(tmp_path, stages=stages)
 
 
 def test_held_out_cells_are_never_trained_on(tmp_path):

@@ -29,7 +29,7 @@ from cellray import cluster
 from cellray.data import storage
 from cellray.train import recipe as recipes
 from cellray.train.progress import Line, Mode, Progress
-from cellray.train.recipe import Recipe, override, to_json
+from cellray.train.recipe import KINDS, Recipe, override, to_json
 from pipelines import command
 from tune.trial import Trial, spell
 
@@ -39,8 +39,6 @@ SCHEMA = 1
 """Of sweep.json and sweep-plan.json."""
 TRIES = 20
 """Draws for each trial wanted, before a space counts as too small for so many."""
-KINDS = ("unimodal", "joint", "distil")
-"""Stages as a recipe names them, in order."""
 GROUPS = ("network", "student", "optim", "feed", "unimodal", "joint", "distil")
 """Groups of settings that may be searched; others decide what data there is, or where things run."""
 

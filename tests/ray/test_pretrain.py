@@ -208,6 +208,16 @@ def test_a_run_without_a_store_says_what_to_do(tmp_path):
     assert "run `python -m pipelines.ingest`" in said
 
 
+def test_what_the_workers_cannot_go_on_with_is_said_in_one_line(tmp_path):
+    stores.write(str(tmp_path / "store"))
+    process = command(tmp_path, f"run={tmp_path}", "workers=3", "feed.cells=2", "stages=unimodal")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, said
+    assert said.splitlines()[-1].startswith("error: step 0 has 2 cells for 3 workers: raise feed.cells")
+    assert "Traceback" not in said
+    assert not storage.exists(str(tmp_path / "stages"))
+
+
 def reached(folder):
     """How far a run is: its finished stages, and the newest checkpoint of the one under way."""
     stages = sorted((folder / "stages").glob("*/stage.json"))

@@ -15,7 +15,8 @@ from cellray.train import checkpoint, watchdog, workers
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, plan_of, run_stage
 from cellray.train.methods import OTHERS
-from cellray.train.run import KINDS, Run
+from cellray.train.recipe import KINDS
+from cellray.train.run import Run
 from cellray.train.stages import Control, Distil, Joint, Stage, Unimodal, View
 from cellray.train.targets import TeacherVectors, read_table, teacher_table
 
@@ -26,18 +27,16 @@ PIECE = 1024
 def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | None = None) -> None:
     """Every stage the recipe asks for, in order; finished ones are loaded, not repeated.
 
-    When `stop` is set, in any worker, all end with Stopped after a last checkpoint.
+    When `stop` is set, in any worker, all end with Stopped after a last checkpoint. ValueError as `check`.
     """
+    check(run)
     stop = stop or threading.Event()
     recipe, store, train = run.recipe, run.store, ~run.test
-    wanted = [kind for kind in KINDS if kind in recipe.stages]
     if other := OTHERS.get(recipe.method):
         other.chain(
             run,
             device,
-            lambda stage, root, origin, kind: _stage(
-                stage, root, run, origin, train, emit, stop, kind in wanted
-            ),
+            lambda stage, root, origin: _stage(stage, root, run, origin, train, emit, stop),
             lambda teacher, origin: _vectors(teacher, run, origin, emit, device, stop),
         )
         return
@@ -53,14 +52,14 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
             device=device,
             contexts=run.contexts,
         )
-        origin = _stage(unimodal, teacher, run, origin, train, emit, stop, "unimodal" in wanted)
-    if wanted == ["unimodal"]:
+        origin = _stage(unimodal, teacher, run, origin, train, emit, stop)
+    if set(recipe.stages) == {"unimodal"}:
         return
     joint = Joint(
         recipe.joint, teacher, run.tokenizer, seed=recipe.seed, device=device, contexts=run.contexts
     )
-    origin = _stage(joint, teacher, run, origin, train, emit, stop, "joint" in wanted)
-    if "distil" not in wanted:
+    origin = _stage(joint, teacher, run, origin, train, emit, stop)
+    if "distil" not in recipe.stages:
         return
     vectors = _vectors(teacher, run, origin, emit, device, stop)
     for kind in run.students().values():
@@ -68,10 +67,10 @@ def chain(run: Run, emit: Emit, device: str = "cpu", stop: threading.Event | Non
         for name in teacher.names:
             student.decoder(name).inherit(teacher.decoder(name), vectors.mean, vectors.spread)
         view = View(recipe.distil, student, run.tokenizer, seed=recipe.seed, device=device)
-        _stage(Distil(view, vectors), student, run, origin, train, emit, stop, True)
+        _stage(Distil(view, vectors), student, run, origin, train, emit, stop)
     control = run.student().to(device)
     view = View(recipe.distil, control, run.tokenizer, seed=recipe.seed, device=device)
-    _stage(Control(view), control, run, store.hash, train, emit, stop, True)
+    _stage(Control(view), control, run, store.hash, train, emit, stop)
 
 
 def _stage(
@@ -82,7 +81,6 @@ def _stage(
     eligible: np.ndarray,
     emit: Emit,
     stop: threading.Event,
-    wanted: bool,
 ) -> str:
     """Run a stage, or load it if it has finished; returns the hash of its model."""
     folder = run.path("stages", stage.name)
@@ -95,10 +93,6 @@ def _stage(
         checkpoint.load(folder, root)
         emit({"stage": stage.name, "finished": facts})
         return str(facts["sha256"])
-    if not wanted:
-        raise ValueError(
-            f"stage {stage.name} has not finished in {run.url}, and stages=… does not ask for it"
-        )
     if workers.agreed(stop.is_set()):
         raise Stopped
     facts = run_stage(stage, root, run, started_from=origin, eligible=eligible, emit=emit, stop=stop)
@@ -169,20 +163,69 @@ class Outlook:
 
 
 def outlook(run: Run) -> list[Outlook]:
-    """Every stage of the run in order, with its cost, before anything is trained."""
-    recipe, store = run.recipe, run.store
-    names = tuple(store.tokenizer.vocabularies)
-    shapes: list[tuple[str, tuple[str, ...], float]] = [
-        (f"unimodal-{name}", (name,), recipe.unimodal.epochs) for name in names
-    ]
-    shapes += [("joint", names, recipe.joint.epochs)]
-    shapes += [(name, ("rna",), recipe.distil.epochs) for name in (*run.students(), "control")]
-    if other := OTHERS.get(recipe.method):
-        shapes = other.shapes(recipe)
+    """Every stage that the recipe asks for in order, with its cost. ValueError as `check`."""
+    check(run)
     found = []
-    for name, reads, epochs in shapes:
-        plan = plan_of(store, recipe, ~run.test, reads, reads, epochs)
-        rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
-        finished = checkpoint.committed(run.path("stages", name)) is not None
-        found.append(Outlook(name, plan.steps, len(rows), int(plan.lengths[rows].sum()), finished))
+    for name, reads, epochs in _shapes(run):
+        if _asked(name, run):
+            plan = plan_of(run.store, run.recipe, ~run.split[0], reads, reads, epochs)
+            rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
+            tokens = int(plan.lengths[rows].sum())
+            found.append(Outlook(name, plan.steps, len(rows), tokens, _finished(name, run)))
     return found
+
+
+def check(run: Run) -> None:
+    """ValueError unless every stage that the recipe asks for can begin: those before it have finished, and
+    there are cells for it to learn from. Nothing is written."""
+    test, present, names = run.split[0], run.store.cells["present"].to_numpy(), run.store.names
+    shapes = _shapes(run)
+    last = max(i for i, (name, _, _) in enumerate(shapes) if _asked(name, run))
+    for name, reads, _ in shapes[: last + 1]:
+        if not _asked(name, run):
+            if not _finished(name, run):
+                raise ValueError(
+                    f"stage {name} has not finished in {run.url}, and stages=… does not ask for it"
+                )
+            continue
+        if missing := [modality for modality in reads if modality not in names]:
+            without = KINDS[: KINDS.index(_kind(name))]
+            instead = f", or train without it: stages={','.join(without)}" if without else ""
+            raise ValueError(
+                f"stage {name} reads {' and '.join(missing)}, and {run.store_url} holds {', '.join(names)} "
+                f"alone. Ingest {' and '.join(missing)} too{instead}"
+            )
+        bits = sum(1 << names.index(modality) for modality in reads)
+        if not (~test & (present & bits > 0)).any():
+            raise ValueError(
+                f"stage {name} has no cell to learn from: of {len(present):,} cells of {run.store_url} "
+                f"{int((present & bits > 0).sum()):,} have {' or '.join(reads)}, and all of these are held "
+                "out. split.by and split.fraction say what is"
+            )
+    if other := OTHERS.get(run.recipe.method):
+        other.check(run)
+
+
+def _shapes(run: Run) -> list[tuple[str, tuple[str, ...], float]]:
+    """Every stage in order: its name, what it reads, its epochs. Its cells have one or more of that."""
+    if other := OTHERS.get(run.recipe.method):
+        return other.shapes(run.recipe)
+    recipe, names = run.recipe, tuple(run.store.tokenizer.vocabularies)
+    return [
+        *((f"unimodal-{name}", (name,), recipe.unimodal.epochs) for name in names),
+        ("joint", names, recipe.joint.epochs),
+        *((name, ("rna",), recipe.distil.epochs) for name in (*run.students(), "control")),
+    ]
+
+
+def _kind(name: str) -> str:
+    """By what word a recipe asks for a stage: the control belongs to "distil"."""
+    return "distil" if name == "control" else name.partition("-")[0]
+
+
+def _asked(name: str, run: Run) -> bool:
+    return _kind(name) in run.recipe.stages
+
+
+def _finished(name: str, run: Run) -> bool:
+    return checkpoint.committed(run.path("stages", name)) is not None

@@ -15,7 +15,7 @@ import torch
 
 from cellray import heap
 from cellray.train import lease, trackers, watchdog, workers
-from cellray.train.chain import chain
+from cellray.train.chain import chain, check
 from cellray.train.ending import Stopped
 from cellray.train.fit import Emit, Event
 from cellray.train.masks import notes
@@ -40,6 +40,8 @@ class Board:
 
     def push(self, event: Event) -> None:
         """Note an event, and when it was heard of: seconds since 1970 by this machine's clock."""
+        if "begun" in event:  # what an earlier group of workers failed of may not be there any more
+            self.error = ""
         self.events.append({**event, "at": time.time()})
         for name in ("saved", "resumed"):  # who is killed when a checkpoint is written tells of it no more
             if name in event:
@@ -60,7 +62,7 @@ class Board:
         return self.stopping
 
     def fail(self, why: str) -> None:
-        """Note why the run cannot go on, not even if it is started again."""
+        """Note why the run cannot go on."""
         self.error = why
 
     def failed(self) -> str:
@@ -146,9 +148,11 @@ def worker(config: dict[str, Any]) -> None:
                 chain(Run(recipe), emit, device, stop)
         except Stopped:
             pass  # all of them, at the same step
-        except Diverged as error:
-            # As an error of the worker it would be tried again, and come to the same.
+        except ValueError as error:
             ray.get(board.fail.remote(str(error)))
+            # Raised it would be tried again: in vain after the one, well enough after a damaged read.
+            if not isinstance(error, Diverged):
+                raise
         ray.train.report({"finished": True})
 
 
@@ -162,13 +166,16 @@ def train(
     a signal, ends it before it is done, with a checkpoint. Killing this process ends the workers too, but
     where Ray has no dashboard their CPUs stay taken until the whole job ends.
 
-    ValueError if another process drives the run, or takes it over, and Diverged, which is one, if too
-    many batches in a row were of no use.
+    ValueError if another process drives the run, or takes it over, if a stage cannot begin (`chain.check`)
+    or the workers cannot go on with what they read; and Diverged, which is one, if too many batches in a
+    row were of no use.
     """
     import ray
+    from ray.train import TrainingFailedError
 
     trackers.check(recipe.track)
     run = Run(recipe)
+    check(run)
     run.claim()
     _ = run.test
     for modality, note in notes(run.recipe.unimodal, run.tokenizer):
@@ -184,10 +191,15 @@ def train(
         except Stopped:
             return
         board = _board()
+        stack.callback(ray.kill, board)
         with _watching(board, on_event, stop, lost):
-            _fit(run, board)
+            try:
+                _fit(run, board)
+            except TrainingFailedError as failure:
+                if said := ray.get(board.failed.remote()):
+                    raise ValueError(said) from failure
+                raise
         error = ray.get(board.failed.remote())
-        ray.kill(board)
     if error:
         raise Diverged(error)
     if lost.is_set():

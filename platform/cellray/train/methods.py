@@ -15,8 +15,8 @@ from cellray.train.targets import TeacherVectors
 if TYPE_CHECKING:
     from cellray.train.run import Run
 
-Trained = Callable[[Stage, nn.Module, str, str], str]
-"""(stage, what holds its modules, hash of what it starts from, its kind) -> hash of what it came to."""
+Trained = Callable[[Stage, nn.Module, str], str]
+"""(stage, what holds its modules, hash of what it starts from) -> hash of what it came to."""
 Vectors = Callable[[Teacher, str], TeacherVectors]
 """(teacher, its hash) -> its vectors of all cells, computed once and kept."""
 
@@ -35,6 +35,10 @@ class Method(Protocol):
 
     def shapes(self, recipe: Recipe) -> list[tuple[str, tuple[str, ...], float]]:
         """Every stage in order: its name, what it needs and reads, its epochs."""
+        ...
+
+    def check(self, run: "Run") -> None:
+        """ValueError where the cells of the store are none that it can be trained on."""
         ...
 
     def chain(self, run: "Run", device: str, trained: Trained, vectors: Vectors) -> None:

@@ -156,9 +156,9 @@ class StudentNetwork:
             raise ValueError(f"student.kinds is {','.join(self.kinds)!r}; name one kind or more, each once")
 
 
-def distil_stage(kind: str) -> str:
-    """Name of the stage that trains the student of a kind."""
-    return "distil" if kind == "mlp" else f"distil-{kind}"
+Kind = Literal["unimodal", "joint", "distil"]
+KINDS: tuple[Kind, ...] = ("unimodal", "joint", "distil")
+"""The stages a user names, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +347,7 @@ class Recipe:
     track: tuple[Literal["jsonl", "tensorboard", "mlflow", "wandb"], ...] = ("jsonl", "tensorboard")
     """Where losses, rates, data wait, MFU and memory go: RUN/metrics.jsonl, event files in RUN/tensorboard,
     an MLflow server, Weights & Biases."""
-    stages: tuple[str, ...] = ("unimodal", "joint", "distil")
+    stages: tuple[Kind, ...] = KINDS
     """Stages to run now; those before them must have finished."""
     modalities: tuple[Modality, ...] = BUILT_IN
     """What may be measured; those without a file are left out."""
@@ -388,6 +388,8 @@ class Recipe:
         _within("threads", self.threads, 1, 1024)
         _within("checkpoint_keep", self.checkpoint_keep, 1, 1000)
         _within("together", self.together, 1, 1 << 30)
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages is {','.join(self.stages)!r}; name one stage or more, each once")
         names = [m.name for m in self.modalities]
         if len(set(names)) < len(names) or "rna" not in names:
             raise ValueError(f"modalities are {names}; each once, and 'rna' among them, is needed")

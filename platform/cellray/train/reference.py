@@ -319,6 +319,11 @@ def shapes(recipe: settings.Recipe) -> list[tuple[str, tuple[str, ...], float]]:
     ]
 
 
+def check(run: "Run") -> None:
+    """ValueError as `label_codes`."""
+    label_codes(run.store)
+
+
 def chain(run: "Run", device: str, trained: "Trained", vectors: "Vectors") -> None:
     """Every stage the recipe asks for, in order."""
     recipe = run.recipe
@@ -328,19 +333,19 @@ def chain(run: "Run", device: str, trained: "Trained", vectors: "Vectors") -> No
         return Reader(run.tokenizer, key_of(recipe.seed, name), device)
 
     labels = label_codes(run.store)
-    origin = trained(Values(recipe.unimodal, own, reader(Values.name)), own, run.store.hash, "unimodal")
+    origin = trained(Values(recipe.unimodal, own, reader(Values.name)), own, run.store.hash)
     control.alone(own)
     before = origin
-    origin = trained(Peaks(recipe.unimodal, own, reader(Peaks.name)), own, origin, "unimodal")
+    origin = trained(Peaks(recipe.unimodal, own, reader(Peaks.name)), own, origin)
     if recipe.stages == ("unimodal",):
         return
-    origin = trained(Pairs(recipe.joint, own, reader(Pairs.name), labels), own, origin, "joint")
+    origin = trained(Pairs(recipe.joint, own, reader(Pairs.name), labels), own, origin)
     if "distil" not in recipe.stages:
         return
     found, pupil = vectors(own, origin), student(run).to(device)
     pupil.follow(own, [*(found.centres[i] for i in own.columns), (found.mean, found.spread)])
-    trained(Impute(recipe.distil, pupil, found, reader(Impute.name)), pupil, origin, "distil")
-    trained(Alone(recipe.joint, control, reader(Alone.name)), control, before, "distil")
+    trained(Impute(recipe.distil, pupil, found, reader(Impute.name)), pupil, origin)
+    trained(Alone(recipe.joint, control, reader(Alone.name)), control, before)
 
 
 def label_codes(store: Store) -> np.ndarray:

@@ -34,11 +34,10 @@ from cellray.model.teacher import Teacher
 from cellray.train import checkpoint
 from cellray.train.contexts import Contexts, names_of
 from cellray.train.methods import OTHERS
-from cellray.train.recipe import LAUNCH, Recipe, describe, distil_stage, from_json, to_json
+from cellray.train.recipe import LAUNCH, Recipe, describe, from_json, to_json
+from cellray.train.stages import distil_stage
 from cellray.train.targets import read_table
 
-KINDS = ("unimodal", "joint", "distil")
-"""The stages a user names."""
 AnyStudent = SparseMLP | SmallTransformer | ReferenceStudent
 NOT_TRAINING = (*LAUNCH, "atlas", "dataset", "ingest", "qc", "score")
 """Settings that training does not read; what ingest made of them is in the store's hash."""
@@ -108,11 +107,15 @@ class Run:
             )
 
     @cached_property
+    def split(self) -> tuple[np.ndarray, dict[str, str]]:
+        """`test`, and `units`, as the recipe has them. Nothing is written."""
+        return held_out(self.store.cells, by=self.recipe.split.by, fraction=self.recipe.split.fraction)
+
+    @cached_property
     def test(self) -> np.ndarray:
         """Held-out cells, bool [cells] in store order. Written to splits.arrow the first time."""
-        cells = self.store.cells
+        cells, (test, units) = self.store.cells, self.split
         storage.write_once(self.path("store.sha256"), self.store.hash.encode())
-        test, units = held_out(cells, by=self.recipe.split.by, fraction=self.recipe.split.fraction)
         names = [units[name] for name in cells["dataset"].to_pylist()]
         table = pa.table({"cell_id": cells["cell_id"], "unit": pa.array(names), "test": pa.array(test)})
         if not storage.write_once(self.path("splits.arrow"), arrow.encode(table)):

@@ -290,12 +290,17 @@ class View:
         )
 
 
+def distil_stage(kind: str) -> str:
+    """Name of the stage that trains the student of a kind."""
+    return "distil" if kind == "mlp" else f"distil-{kind}"
+
+
 class Distil:
     """Stage 3: the student learns the teacher's vectors from RNA alone, and what it cannot see."""
 
     def __init__(self, view: View, vectors: TeacherVectors) -> None:
         self.view, self.vectors = view, vectors
-        self.name = settings.distil_stage(view.student.kind)
+        self.name = distil_stage(view.student.kind)
         self.epochs, self.asked = view.setting.epochs, view.setting.queries
 
     def trained(self) -> list[nn.Module]:
