@@ -1,8 +1,10 @@
 import json
+import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from cellray.train.limits import LIMITS
 from cellray.train.recipe import (
     LAUNCH,
     DataSet,
@@ -110,6 +112,13 @@ def test_a_wrong_setting_is_refused(key, value, says):
         override(recipe(), {key: value})
 
 
+def test_a_whole_number_keeps_every_digit():
+    for value in ((1 << 60) + 1, str((1 << 60) + 1)):
+        assert override(recipe(), {"seed": value}).seed == (1 << 60) + 1
+    assert override(recipe(), {"cache_bytes": "1e9"}).cache_bytes == 10**9
+    assert override(recipe(), {"seed": 3.0}).seed == 3
+
+
 def test_an_override_leaves_the_original_alone():
     original = recipe()
     override(original, {"optim.lr": "0.1"})
@@ -168,9 +177,9 @@ def test_describe_names_every_setting_that_can_be_set():
 
 def test_checks_are_made_wherever_a_value_comes_from():
     with pytest.raises(ValueError, match="no multiple"):
-        Network(width=10, heads=4)
+        Recipe(network=Network(width=10, heads=4))
     with pytest.raises(ValueError, match=r"split\.fraction"):
-        Split(fraction=0)
+        Recipe(split=Split(fraction=0))
     with pytest.raises(ValueError, match=r"student\.kinds is 'mlp,mlp'"):
         override(recipe(), {"student.kinds": "mlp,mlp"})
     with pytest.raises(ValueError, match=r"expected values with commas|expected one of"):
@@ -186,3 +195,24 @@ def test_checks_are_made_wherever_a_value_comes_from():
         Recipe(modalities=())
     with pytest.raises(TypeError):
         DataSet("positional")  # type: ignore[call-arg]
+
+
+def test_every_number_of_a_recipe_has_limits_and_its_own_lies_within():
+    kept = {
+        key
+        for key, value in describe(Recipe())
+        for first in (value[:1] if isinstance(value, tuple) else (value,))
+        if isinstance(first, int | float) and not isinstance(first, bool)
+    }
+    assert {key for key in kept if not key.startswith(("qc.", "modalities."))} == set(LIMITS)
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_a_number_beyond_its_limits_is_refused(key):
+    low, high = LIMITS[key]
+    before = dict(describe(Recipe()))[key]
+    for number in (low - 1, high + 1):
+        if math.isfinite(number):
+            value = (type(before[0])(number),) * 2 if isinstance(before, tuple) else type(before)(number)
+            with pytest.raises(ValueError, match=rf"{key} is .*; it must lie between"):
+                override(Recipe(), {key: value})

@@ -35,6 +35,10 @@ QUIET = {
 }
 
 
+_started: list[str] = []
+"""Folder of the cluster that `connect` has started, while it is there."""
+
+
 def prepare(address: str | None = None) -> None:
     """Set the environment that `connect` needs. Ray reads it once, when it is first imported.
 
@@ -58,6 +62,11 @@ def prepare(address: str | None = None) -> None:
 def exposed() -> bool:
     """Whether a Ray that this process started by other means than `connect` would listen to the network."""
     return not _remote(None) and any(os.environ.get(name) != value for name, value in LOCAL.items())
+
+
+def own() -> bool:
+    """Whether Ray was started by `connect` on this machine: no node will ever join it."""
+    return bool(_started)
 
 
 @contextmanager
@@ -113,9 +122,11 @@ def connect(
                     runtime_env=runtime_env,
                     _temp_dir=folder,
                 )
+                _started.append(folder)
             yield
         finally:
             ray.shutdown(wait_for_processes=True)
+            _started.clear()
 
 
 @contextmanager

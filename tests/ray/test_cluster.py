@@ -1,6 +1,5 @@
 import json
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -214,33 +213,6 @@ try:
 except ValueError as error:
     print(error)
 """
-
-
-@pytest.fixture
-def remote(tmp_path):
-    """A cluster that `ray start` made: its address, and the environment with its token."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    options = ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=134217728", "--block"]
-    with tempfile.TemporaryDirectory(prefix="cellray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", *options]
-        with (Path(folder) / "log").open("w") as log:
-            head = subprocess.Popen(
-                [*command, f"--temp-dir={folder}"], env=environment, stdout=log, stderr=log, cwd=tmp_path
-            )
-        try:
-            deadline = time.monotonic() + 60
-            while "Ray runtime started" not in (text := (Path(folder) / "log").read_text()):
-                assert head.poll() is None, text
-                assert time.monotonic() < deadline, text
-                time.sleep(0.1)
-            yield f"127.0.0.1:{port}", environment
-        finally:
-            head.terminate()
-            head.wait(30)
 
 
 def _join(address, environment, root, folder):

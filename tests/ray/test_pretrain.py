@@ -20,12 +20,12 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.usefixtures("short")
 
 
-def command(folder, *settings):
+def command(folder, *settings, environment=os.environ):
     """`python -m pipelines.pretrain` in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.pretrain", "pipelines.recipes.tiny:recipe", "--plain", *settings],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -216,6 +216,19 @@ def test_what_the_workers_cannot_go_on_with_is_said_in_one_line(tmp_path):
     assert said.splitlines()[-1].startswith("error: step 0 has 2 cells for 3 workers: raise feed.cells")
     assert "Traceback" not in said
     assert not storage.exists(str(tmp_path / "stages"))
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_nodes_says_so_and_ends_when_it_is_told_to(remote, tmp_path):
+    environment = remote[1] | {"RAY_ADDRESS": remote[0]}
+    stores.write(str(tmp_path / "store"))
+    waits = command(tmp_path, f"run={tmp_path}", "workers=9", environment=environment)
+    said = waits.stdout.readline()
+    assert "take 9 CPUs, and the cluster has 2: training begins when" in said, said
+    waits.send_signal(signal.SIGTERM)
+    said, _ = waits.communicate(timeout=60)
+    assert waits.returncode == TERMINATED, said
+    assert "told to end" in said
 
 
 def reached(folder):

@@ -8,12 +8,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
 
-from cellray import heap
+from cellray import cluster, heap
 from cellray.train import lease, trackers, watchdog, workers
 from cellray.train.chain import chain, check
 from cellray.train.ending import Stopped
@@ -25,6 +26,8 @@ from cellray.train.skips import Diverged
 
 POLL = "0.5"
 """Seconds between two looks of Ray Train at its workers; 2 by default. The environment goes before it."""
+SILENT = 15.0
+"""Seconds without a word of any worker after which a run that is to stop waits for them no longer."""
 BARREN = 3
 """Times that a group of workers may fail to start, without a checkpoint between them."""
 
@@ -36,6 +39,7 @@ class Board:
         self.events: list[Event] = []
         self.stopping = False
         self.error = ""
+        self.heard = time.monotonic()
         self.gains: set[tuple[str, int]] = set()
 
     def push(self, event: Event) -> None:
@@ -59,7 +63,13 @@ class Board:
         self.stopping = True
 
     def stopped(self) -> bool:
+        """What workers ask all the time they are there."""
+        self.heard = time.monotonic()
         return self.stopping
+
+    def silent(self) -> float:
+        """Seconds since a worker asked."""
+        return time.monotonic() - self.heard
 
     def fail(self, why: str) -> None:
         """Note why the run cannot go on."""
@@ -106,7 +116,6 @@ def _listening(board: Any) -> Iterator[threading.Event]:
         while not over.wait(0.25):
             if ray.get(board.stopped.remote()):
                 stop.set()
-                return
 
     thread = threading.Thread(target=listen, name="listen", daemon=True)
     thread.start()
@@ -166,24 +175,26 @@ def train(
     a signal, ends it before it is done, with a checkpoint. Killing this process ends the workers too, but
     where Ray has no dashboard their CPUs stay taken until the whole job ends.
 
-    ValueError if another process drives the run, or takes it over, if a stage cannot begin (`chain.check`)
-    or the workers cannot go on with what they read; and Diverged, which is one, if too many batches in a
-    row were of no use.
+    ValueError if another process drives the run, or takes it over, if a stage cannot begin (`chain.check`),
+    if there is no room for the workers, or they cannot go on with what they read; and Diverged, which is
+    one, if too many batches in a row were of no use.
     """
     import ray
     from ray.train import TrainingFailedError
 
     trackers.check(recipe.track)
     run = Run(recipe)
+
+    def say(text: str) -> None:
+        on_event({"stage": "run", "warning": text})
+
     check(run)
+    _room(recipe, say)
     run.claim()
     _ = run.test
     for modality, note in notes(run.recipe.unimodal, run.tokenizer):
         on_event({"stage": f"unimodal-{modality}", "note": note})
     stop, lost = stop or threading.Event(), threading.Event()
-
-    def say(text: str) -> None:
-        on_event({"stage": "run", "warning": text})
 
     with contextlib.ExitStack() as stack:
         try:
@@ -194,7 +205,9 @@ def train(
         stack.callback(ray.kill, board)
         with _watching(board, on_event, stop, lost):
             try:
-                _fit(run, board)
+                _fit(run, board, stop, lost)
+            except Stopped:
+                pass
             except TrainingFailedError as failure:
                 if said := ray.get(board.failed.remote()):
                     raise ValueError(said) from failure
@@ -219,8 +232,28 @@ def _board() -> Any:
     return board.options(scheduling_strategy=here).remote()
 
 
-def _fit(run: Run, board: Any) -> None:
-    """Run the workers to their end. They may fail as often as they like while they get further."""
+def _room(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """ValueError if the workers could never start; a word if they have to wait for nodes to join."""
+    import ray
+
+    kind = "GPU" if recipe.gpu else "CPU"
+    has = ray.cluster_resources().get(kind, 0.0)
+    if has >= recipe.workers:
+        return
+    needs = f"workers={recipe.workers} {'takes' if recipe.workers == 1 else 'take'} {recipe.workers} {kind}s"
+    if cluster.own():
+        raise ValueError(
+            f"{needs}, and Ray on this machine has {has:g}: lower workers=, "
+            f"{'leave gpu=true out, ' if recipe.gpu else ''}or set RAY_ADDRESS=HOST:PORT of a larger cluster"
+        )
+    say(f"{needs}, and the cluster has {has:g}: training begins when nodes with more have joined")
+
+
+def _fit(run: Run, board: Any, *stops: threading.Event) -> None:
+    """Run the workers to their end. They may fail as often as they like while they get further.
+
+    Stopped as from `_waited`.
+    """
     import ray
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -246,7 +279,7 @@ def _fit(run: Run, board: Any) -> None:
                 ),
             )
             try:
-                trainer.fit()
+                _waited(trainer.fit, board, *stops)
                 return
             except TrainingFailedError as error:
                 if ray.get(board.gained.remote()) > gained:
@@ -256,6 +289,28 @@ def _fit(run: Run, board: Any) -> None:
                 # A worker that dies while its group starts may end Ray's controller, which then gives up.
                 if not isinstance(error, ControllerError) or barren == BARREN:
                     raise
+
+
+def _waited(fit: Callable[[], object], board: Any, *stops: threading.Event) -> None:
+    """Call `fit`, in a thread. Stopped where it is to stop and no worker has been heard of for SILENT.
+
+    They may wait for nodes that never join. Of what such a call comes to after that nobody hears.
+    """
+    import ray
+
+    ended: Future[object] = Future()
+
+    def work() -> None:
+        try:
+            ended.set_result(fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=work, name="fit", daemon=True).start()
+    while not wait([ended], timeout=0.25).done:
+        if any(stop.is_set() for stop in stops) and ray.get(board.silent.remote()) > SILENT:
+            raise Stopped
+    ended.result()
 
 
 def _patience(hang_seconds: float) -> int:

@@ -1,5 +1,6 @@
 """One setting of nested frozen dataclasses changed, by its dotted path and a value that may be text."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -84,6 +85,8 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         except (TypeError, ValueError):
             raise wrong from None
         if math.isfinite(number) and (hint is float or number.is_integer()):
+            with contextlib.suppress(ValueError):
+                return hint(value)  # of a whole number every digit, which a float may not have
             return hint(number)
     raise wrong
 
