@@ -112,6 +112,21 @@ def test_a_wrong_setting_is_refused(key, value, says):
         override(recipe(), {key: value})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network.heads": 3, "network.width": 96},
+        {"score.student": "transformer", "student.kinds": "mlp,transformer"},
+        {"modalities.rna.context": 64, "modalities.atac.context": 32, "seed": 5},
+    ],
+)
+def test_settings_that_need_each_other_are_set_in_any_order(changes):
+    found = override(Recipe(), changes)
+    assert found == override(Recipe(), dict(reversed(changes.items()))) != Recipe()
+    kept = {key: value for key, value in describe(found) if dict(describe(Recipe()))[key] != value}
+    assert set(kept) == set(changes)
+
+
 def test_a_whole_number_keeps_every_digit():
     for value in ((1 << 60) + 1, str((1 << 60) + 1)):
         assert override(recipe(), {"seed": value}).seed == (1 << 60) + 1

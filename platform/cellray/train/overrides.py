@@ -1,4 +1,4 @@
-"""One setting of nested frozen dataclasses changed, by its dotted path and a value that may be text."""
+"""Settings of nested frozen dataclasses changed, by their dotted paths and values that may be text."""
 
 import contextlib
 import dataclasses
@@ -6,36 +6,51 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
+Change = tuple[list[str], Any, str]
+"""(path, value that may be text, dotted key: what the setting is called in errors)"""
 
-def changed(node: Any, path: list[str], value: Any, key: str) -> Any:
-    """`node`, a dataclass or a tuple of named ones, with the setting at `path` made `value`, typed or text.
 
-    `key` is what it is called in errors. ValueError for a setting that does not exist (with those that do)
-    or a value of another type.
+def changed(node: Any, changes: Sequence[Change]) -> Any:
+    """`node`, a dataclass or a tuple of named ones, with other values at some paths, all at once: what may
+    stand beside what is checked of the outcome alone.
+
+    ValueError for a setting that does not exist (with those that do) or a value of another type.
     """
-    if isinstance(node, tuple):
-        names = [item.name for item in node]
-        if path[0] not in names:
-            raise _unknown(key, path[0], names)
-        if len(path) == 1:
+    groups: dict[str, list[Change]] = {}
+    for path, value, key in changes:
+        groups.setdefault(path[0], []).append((path[1:], value, key))
+    many = isinstance(node, tuple)
+    known = [item.name for item in node] if many else list(typing.get_type_hints(type(node)))
+    for name, own in groups.items():
+        if name not in known:
+            raise _unknown(own[0][2], name, known)
+    if many:
+        return tuple(_item(item, groups[item.name]) if item.name in groups else item for item in node)
+    return dataclasses.replace(node, **{name: _field(node, name, own) for name, own in groups.items()})
+
+
+def _item(item: Any, changes: Sequence[Change]) -> Any:
+    for path, _, key in changes:
+        if not path:
             raise ValueError(f"{key} is no setting but a group: set one of its fields, as in {key}.context")
-        at = names.index(path[0])
-        return (*node[:at], changed(node[at], path[1:], value, key), *node[at + 1 :])
-    hints = typing.get_type_hints(type(node))
-    if path[0] not in hints:
-        raise _unknown(key, path[0], list(hints))
-    old = getattr(node, path[0])
-    if len(path) > 1:
-        if not (is_dataclass(old) or (isinstance(old, tuple) and old and is_dataclass(old[0]))):
-            raise ValueError(f"{key}: {path[0]} is a plain setting and has no {path[1]!r}")
-        return dataclasses.replace(node, **{path[0]: changed(old, path[1:], value, key)})
-    if is_dataclass(old) and not isinstance(value, type(old)):
-        raise ValueError(f"{key} is a group of settings: {', '.join(typing.get_type_hints(type(old)))}")
-    return dataclasses.replace(node, **{path[0]: _typed(hints[path[0]], value, key)})
+    return changed(item, changes)
+
+
+def _field(node: Any, name: str, changes: Sequence[Change]) -> Any:
+    old = getattr(node, name)
+    group = is_dataclass(old) or (isinstance(old, tuple) and old and is_dataclass(old[0]))
+    for path, value, key in changes:
+        if path and not group:
+            raise ValueError(f"{key}: {name} is a plain setting and has no {path[0]!r}")
+        if not path and is_dataclass(old):
+            raise ValueError(f"{key} is a group of settings: {', '.join(typing.get_type_hints(type(old)))}")
+        if not path:
+            return _typed(typing.get_type_hints(type(node))[name], value, key)
+    return changed(old, changes)
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

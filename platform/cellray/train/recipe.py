@@ -431,9 +431,7 @@ def override(recipe: T, changes: Mapping[str, Any]) -> T:
     An item of a tuple of named things is reached by its name: `modalities.rna.context`.
     ValueError for a setting that does not exist (with those that do) or a value of another type.
     """
-    for key, value in changes.items():
-        recipe = changed(recipe, key.split("."), value, key)
-    return recipe
+    return typing.cast(T, changed(recipe, [(key.split("."), value, key) for key, value in changes.items()]))
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
