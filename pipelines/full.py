@@ -49,10 +49,12 @@ def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     from cellray.data.ingest import ingest
     from cellray.data.store import Store
     from cellray.tasks import figures
+    from cellray.train.loop import room
     from cellray.train.run import Run
 
     run = Run(recipe)
     with cluster.connect(threads=recipe.threads):
+        room(recipe, lambda text: None)  # training says again what it waits for
         run.claim()
         ingested = ingest(recipe, run.store_url, ingesting.Steps(progress))
         ingesting.write(ingested, run.store_url)

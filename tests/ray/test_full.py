@@ -83,3 +83,10 @@ def test_running_it_again_trains_nothing_and_says_the_same(whole):
     again = full(recipe, Progress("quiet"))
     assert storage.read_bytes(run.path("stages", "distil", "stage.json")).decode() == before
     assert again["scores"] == said["scores"]
+
+
+def test_workers_there_is_no_room_for_are_refused_before_anything_is_read(ray_session, tmp_path):
+    settings = {"dataset.rna": str(tmp_path / "none.h5ad"), "run": str(tmp_path / "run"), "workers": 9}
+    with pytest.raises(ValueError, match="workers=9 take 9 CPUs"):
+        full(override(load("pipelines.recipes.tiny:recipe"), settings), Progress("quiet"))
+    assert not list(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def train(
         on_event({"stage": "run", "warning": text})
 
     check(run)
-    _room(recipe, say)
+    room(recipe, say)
     run.claim()
     _ = run.test
     for modality, note in notes(run.recipe.unimodal, run.tokenizer):
@@ -232,7 +232,7 @@ def _board() -> Any:
     return board.options(scheduling_strategy=here).remote()
 
 
-def _room(recipe: Recipe, say: Callable[[str], None]) -> None:
+def room(recipe: Recipe, say: Callable[[str], None]) -> None:
     """ValueError if the workers could never start; a word if they have to wait for nodes to join."""
     import ray
 
