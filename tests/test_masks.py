@@ -12,7 +12,7 @@ from cellray.data.tokens import Counts
 from cellray.train.batches import kept, masked_tokens
 from cellray.train.feed import uniform
 from cellray.train.masks import Grouped, Independent, mask_of, notes
-from cellray.train.recipe import Unimodal, override
+from cellray.train.recipe import Recipe, Unimodal, override
 from cellray.train.run import Run
 from tests import stores
 
@@ -182,7 +182,7 @@ def test_a_recipe_says_what_is_hidden_together(run, tmp_path):
 )
 def test_masks_that_cannot_be_are_refused(run, changes, says):
     with pytest.raises(ValueError, match=says):
-        mask_of(Unimodal(**changes), run.tokenizer.vocabularies["rna"])
+        mask_of(Recipe(unimodal=Unimodal(**changes)).unimodal, run.tokenizer.vocabularies["rna"])
 
 
 def test_other_programmes_under_the_same_name_make_another_model(run, tmp_path):
