@@ -34,7 +34,7 @@ test: lint ## lint, types and the fast tests, a quarter of an hour or more
 	$(BIN)/python -m pytest
 
 test-slow: install ## the whole fault matrix and the long learning runs
-	$(BIN)/python -m pytest -m slow --timeout 7200
+	$(BIN)/python -m pytest -m slow
 
 bench: install ## every benchmark in tests/bench
 	@set -e; for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name; done

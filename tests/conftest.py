@@ -13,6 +13,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 cluster.prepare("local")
 
 ROOT = Path(__file__).resolve().parent.parent
+HOURS = 2
+"""What a slow test may take; others have the `timeout` of pyproject.toml."""
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests have time, whichever way they are started."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(HOURS * 3600))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def main() -> int:
     recipe = stores.run(folder, **settings(words)).recipe
     left, saved, over, draw = int(kills), threading.Event(), threading.Event(), random.Random(0)
     small = {"object_store_memory": 128 << 20, "include_dashboard": False}
-    with tempfile.TemporaryDirectory(prefix="nodes-", dir="/tmp") as scratch:
+    with tempfile.TemporaryDirectory(prefix="nodes-") as scratch:
         # Where Ray writes down which cluster was started last: not where others would look for theirs.
         os.environ["RAY_TMPDIR"] = scratch
         os.mkdir(os.path.join(scratch, "ray"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cellray import cluster
+from tests import processes
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +25,15 @@ def ray_session():
 
 @pytest.fixture
 def short(monkeypatch):
-    """Where commands that are started keep what a killed Ray leaves; sockets in it need a short path."""
+    """Where commands that are started keep what a killed Ray leaves; sockets in it need a short path.
+
+    Afterwards nothing is left of these commands, nor of what they started, however the test has ended.
+    """
     folder = Path(f"/tmp/k{os.getpid() % 10**6}")
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     yield
+    processes.end(folder)
     shutil.rmtree(folder)
 
 
@@ -56,4 +61,7 @@ def remote(tmp_path):
             yield f"127.0.0.1:{port}", environment
         finally:
             head.terminate()
-            head.wait(90)  # half a minute where a training was waiting in it
+            try:
+                head.wait(90)  # half a minute where a training was waiting in it
+            finally:
+                processes.end(folder)

@@ -9,6 +9,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.ray.test_pretrain import outcome
 
+pytestmark = pytest.mark.usefixtures("short")
+
 CHANGES = {"stages": "unimodal", "workers": "2", "checkpoint_seconds": "0.1"}
 
 
