@@ -29,4 +29,4 @@ def _users(folder):
             opened = (Path(os.readlink(file)) for file in (process / "fd").iterdir())
             if started or any(folder in path.parents for path in opened):
                 found.append(int(process.name))
-    return [pid for pid in found if pid != os.getpid()]
+    return set(found) - {os.getpid()}

@@ -100,6 +100,7 @@ def test_text_and_typed_values_set_the_same(key, text, value):
         ("unimodal.mask", "0.1", "expected values with commas"),
         ("unimodal.mask", "0.1,0.2,0.3", "expected values with commas"),
         ("optim", "1", "is a group of settings: lr"),
+        ("modalities", "rna", "is a group of settings: rna, "),
         ("seed.x", "1", "is a plain setting"),
         ("modalities.rnaa.context", "1", "Did you mean 'rna'"),
         ("modalities.rna", "1", "set one of its fields"),

@@ -103,9 +103,12 @@ def connect(
         return
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | QUIET
     if remote:
-        runtime_env: dict[str, Any] = {"py_modules": [str(own) for own in packages()], "env_vars": env}
+        runtime_env: dict[str, Any] = {
+            "py_modules": [str(package) for package in packages()],
+            "env_vars": env,
+        }
     else:
-        paths = [*(str(own.parent) for own in packages()), os.environ.get("PYTHONPATH", "")]
+        paths = [*(str(package.parent) for package in packages()), os.environ.get("PYTHONPATH", "")]
         runtime_env = {"env_vars": env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}}
     with nullcontext() if remote else scratch() as folder:
         try:

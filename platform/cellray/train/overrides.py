@@ -23,14 +23,20 @@ def changed(node: Any, changes: Sequence[Change]) -> Any:
     groups: dict[str, list[Change]] = {}
     for path, value, key in changes:
         groups.setdefault(path[0], []).append((path[1:], value, key))
-    many = isinstance(node, tuple)
-    known = [item.name for item in node] if many else list(typing.get_type_hints(type(node)))
+    known = _names(node)
     for name, own in groups.items():
         if name not in known:
             raise _unknown(own[0][2], name, known)
-    if many:
+    if isinstance(node, tuple):
         return tuple(_item(item, groups[item.name]) if item.name in groups else item for item in node)
     return dataclasses.replace(node, **{name: _field(node, name, own) for name, own in groups.items()})
+
+
+def _names(group: Any) -> list[str]:
+    """What a dotted path may go on with from here."""
+    if isinstance(group, tuple):
+        return [item.name for item in group]
+    return list(typing.get_type_hints(type(group)))
 
 
 def _item(item: Any, changes: Sequence[Change]) -> Any:
@@ -46,8 +52,8 @@ def _field(node: Any, name: str, changes: Sequence[Change]) -> Any:
     for path, value, key in changes:
         if path and not group:
             raise ValueError(f"{key}: {name} is a plain setting and has no {path[0]!r}")
-        if not path and is_dataclass(old):
-            raise ValueError(f"{key} is a group of settings: {', '.join(typing.get_type_hints(type(old)))}")
+        if not path and group:
+            raise ValueError(f"{key} is a group of settings: {', '.join(_names(old))}")
         if not path:
             return _typed(typing.get_type_hints(type(node))[name], value, key)
     return changed(old, changes)
