@@ -3,10 +3,12 @@
 What it answers must be what the embedder says offline, bit for bit. Result in RUN/endpoint.json.
 """
 
+import contextlib
 import json
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ def run(recipe: Recipe, options: Options) -> None:
 def ask(run: Any) -> dict[str, Any]:
     """Start the endpoint, send held-out cells one by one as JSON and together as Arrow, compare, stop it.
 
-    Ray must be connected. ValueError if RUN has no bundle.
+    Ray must be connected. ValueError if RUN has no bundle, or as `alone`.
     """
     from ray import serve
 
@@ -49,22 +51,52 @@ def ask(run: Any) -> dict[str, Any]:
     counts = run.store.read(rows).counts["rna"].matrix(len(genes))
     wanted = offline.embed(tokens_from(offline.tokenizer, counts, genes)[0]).vectors
     application = build({"bundle": run.path("bundle")})
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
+    with serving() as url:
         serve.run(application, name="cellray", route_prefix="/", logging_config={"log_level": "ERROR"})
-        facts = _asked(f"http://127.0.0.1:{port}", counts, genes, wanted)
-    finally:
-        serve.shutdown()
+        facts = _asked(url, counts, genes, wanted)
     storage.write_bytes(run.path("endpoint.json"), json.dumps(facts, indent=1).encode())
     return facts
 
 
-def free_port() -> int:
-    """A port of this machine's loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def alone() -> None:
+    """ValueError if this Ray serves something already: it would be stopped with the endpoint asked here."""
+    from ray import serve
+
+    if serve.status().proxies:
+        raise ValueError(
+            "Ray Serve runs on this cluster already, and would be stopped with the endpoint that is asked "
+            "here: use a Ray without it; without RAY_ADDRESS this machine's own is started"
+        )
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """Ray Serve on a free port of this machine's loopback: its URL. Stopped at the end, started or not.
+
+    ValueError as `alone`.
+    """
+    from ray import serve
+
+    alone()
+    with held_port() as port:
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free port of this machine's loopback that nobody else is given until the end.
+
+    Only a socket that asks for it by number and sets SO_REUSEPORT, as Serve's does, can bind it too, and it
+    gets every connection, since the one here does not listen.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 def _asked(url: str, counts: Any, genes: tuple[str, ...], wanted: np.ndarray) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cellray.data.atlas import files
 from cellray.train.progress import Progress
 from cellray.train.recipe import Recipe, fingerprint
 from pipelines import ingest as ingesting
-from pipelines.ask import ask
+from pipelines.ask import alone, ask
 from pipelines.command import Options, main
 from pipelines.export import export, refuse
 from pipelines.pretrain import pretrain
@@ -55,6 +55,7 @@ def full(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     run = Run(recipe)
     with cluster.connect(threads=recipe.threads):
         room(recipe, lambda text: None)  # training says again what it waits for
+        alone()
         run.claim()
         ingested = ingest(recipe, run.store_url, ingesting.Steps(progress))
         ingesting.write(ingested, run.store_url)

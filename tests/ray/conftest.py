@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,14 +39,11 @@ def short(monkeypatch):
 @pytest.fixture
 def remote(tmp_path):
     """A cluster that `ray start` made: its address, and the environment with its token."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     options = ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=134217728", "--block"]
     with tempfile.TemporaryDirectory(prefix="cellray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", *options]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--port=0", *options]
         with (Path(folder) / "log").open("w") as log:
             head = subprocess.Popen(
                 [*command, f"--temp-dir={folder}"], env=environment, stdout=log, stderr=log, cwd=tmp_path
@@ -58,7 +54,7 @@ def remote(tmp_path):
                 assert head.poll() is None, text
                 assert time.monotonic() < deadline, text
                 time.sleep(0.1)
-            yield f"127.0.0.1:{port}", environment
+            yield (Path(folder) / "ray_current_cluster").read_text(), environment
         finally:
             head.terminate()
             try:

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from cellray import cluster
+from pipelines.ask import held_port
 
 SHIPPED = """
 import json, sys
@@ -171,14 +172,13 @@ def test_an_address_without_a_token_is_refused_at_once(variables, monkeypatch, t
 def test_an_address_where_nothing_answers_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    with (
-        pytest.raises(ValueError, match=f"nothing answers at Ray address {address}"),
-        cluster.connect(address),
-    ):
-        pass
+    with held_port() as port:
+        address = f"127.0.0.1:{port}"
+        with (
+            pytest.raises(ValueError, match=f"nothing answers at Ray address {address}"),
+            cluster.connect(address),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "head"])

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import socket
@@ -13,6 +14,10 @@ from ray import serve
 
 from cellray import bundle, cluster
 from cellray.embedder import tokens_from
+from cellray.train.progress import Progress
+from cellray.train.recipe import load, override
+from pipelines import ask
+from pipelines.full import full
 from serve import app
 from tests import tiny
 from tests.ray.test_cluster import _descendants, _listeners
@@ -28,21 +33,30 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endpoint(ray_session, model):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
+    with ask.serving() as url, httpx.Client(base_url=url, timeout=60) as client:
         serve.run(app.build({"bundle": model, "replicas": "2"}), name="cells", route_prefix="/")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
-    finally:
-        serve.shutdown()
+        yield client
 
 
 def post(endpoint, body, kind, path="/v1/embed", accept="*/*"):
     content = body if isinstance(body, bytes) else json.dumps(body)
     return endpoint.post(path, content=content, headers={"content-type": kind, "accept": accept})
+
+
+def test_a_serve_that_cannot_start_is_not_left_behind(ray_session, monkeypatch):
+    """The first test here, as `endpoint` lives until the last one."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(ask, "held_port", lambda: contextlib.nullcontext(port))
+        with (
+            pytest.raises(RuntimeError, match=f"Failed to bind to address '127.0.0.1:{port}'"),
+            ask.serving(),
+        ):
+            pass
+    assert not serve.status().proxies
+    ask.alone()
 
 
 def test_the_endpoint_gives_the_offline_bits_from_every_replica(endpoint, model):
@@ -92,6 +106,28 @@ def test_a_bad_bundle_or_setting_is_refused_before_anything_is_deployed(tmp_path
         app.build({"bundel": model})
     with pytest.raises(ValueError, match="replicas=two: expected a whole number"):
         app.build({"bundle": model, "replicas": "two"})
+
+
+def test_a_ray_that_serves_already_is_not_stopped_by_asking(endpoint, tmp_path):
+    with pytest.raises(ValueError, match="Ray Serve runs on this cluster already"), ask.serving():
+        pass
+    settings = {"atlas": "nothing-is-read.csv", "run": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="Ray Serve runs on this cluster already"):
+        full(override(load("pipelines.recipes.tiny:recipe"), settings), Progress("quiet"))
+    assert not (tmp_path / "run").exists()
+    assert endpoint.get("/healthz").status_code == 200
+
+
+def test_a_held_port_is_nobody_elses():
+    with ask.held_port() as port, socket.socket() as other, socket.socket() as ours:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        ours.bind(("127.0.0.1", port))
+        ours.listen()
+        for _ in range(50):
+            with socket.create_connection(("127.0.0.1", port), 5), ours.accept()[0]:
+                pass
 
 
 def test_what_replicas_open_to_the_network_demands_the_token(endpoint):
