@@ -134,7 +134,7 @@ def connect(
 
 @contextmanager
 def scratch() -> Iterator[str]:
-    """A folder for Ray's files, removed in the end, and now those of processes that were killed meanwhile.
+    """A folder for passing files, removed in the end, and now those of processes that were killed meanwhile.
 
     Whoever has one holds a lock in it, which ends with the process however that ends.
     """

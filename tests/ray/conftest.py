@@ -50,7 +50,7 @@ def remote(tmp_path):
             )
         try:
             deadline = time.monotonic() + 60
-            while "Ray runtime started" not in (text := (Path(folder) / "log").read_text()):
+            while "will now block forever" not in (text := (Path(folder) / "log").read_text()):
                 assert head.poll() is None, text
                 assert time.monotonic() < deadline, text
                 time.sleep(0.1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,7 @@ def test_a_run_whose_driver_was_killed_goes_on_from_its_last_checkpoint(tmp_path
     assert resumed < joint["steps"]
     assert joint["curve"][-1]["step"] == joint["steps"]
     assert checkpoint.committed(str(tmp_path / "stages" / "distil")) is not None
+    assert not list(Path(os.environ["TMPDIR"]).glob("cellray-*")), "of the killed driver, or its own"
 
 
 def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path):

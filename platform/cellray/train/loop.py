@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -260,7 +259,7 @@ def _fit(run: Run, board: Any, *stops: threading.Event) -> None:
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL)
     barren = 0
-    with tempfile.TemporaryDirectory(prefix="cellray-train-") as scratch:
+    with cluster.scratch() as scratch:
         while True:
             gained = ray.get(board.gained.remote())
             trainer = TorchTrainer(

@@ -16,8 +16,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
+from cellray import cluster
 from cellray.data import storage
 from cellray.train import workers
 from cellray.train.recipe import to_json
@@ -109,7 +108,12 @@ class Folder:
         fs, path = storage.locate(url)
         self.local = isinstance(fs, LocalFileSystem)
         self.url, self.warn = url, warn
-        self.path = Path(path) if self.local else Path(tempfile.mkdtemp(prefix="cellray-metrics-"))
+        self._passing = contextlib.ExitStack()
+        if self.local:
+            self.path = Path(path)
+        else:
+            self.path = Path(self._passing.enter_context(cluster.scratch()), "metrics")
+            self.path.mkdir()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._sent: Future[float] | None = None
         self._next = time.monotonic() + UPLOAD_SECONDS
@@ -122,7 +126,7 @@ class Folder:
             self._settle()
             self._sent = self._pool.submit(self._upload, self._files())
             self._settle()
-            shutil.rmtree(self.path)
+            self._passing.close()
         self._pool.shutdown()
 
     def sync(self) -> None:
