@@ -110,7 +110,7 @@ def connect(
     else:
         paths = [*(str(package.parent) for package in packages()), os.environ.get("PYTHONPATH", "")]
         runtime_env = {"env_vars": env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}}
-    with nullcontext() if remote else scratch() as folder:
+    with nullcontext() if remote else scratch(_short_folder()) as folder:
         try:
             if folder is None:
                 _join(remote, runtime_env, worker_output)
@@ -133,13 +133,14 @@ def connect(
 
 
 @contextmanager
-def scratch() -> Iterator[str]:
-    """A folder for passing files, removed in the end, and now those of processes that were killed meanwhile.
+def scratch(parent: str | None = None) -> Iterator[str]:
+    """A temporary folder, removed in the end; what killed processes have left beside it is removed now.
 
-    Whoever has one holds a lock in it, which ends with the process however that ends.
+    It lies in `parent`, by default where temporary files go. Whoever has one holds a lock in it, which ends
+    with the process however that ends.
     """
-    parent = Path(_short_folder() or tempfile.gettempdir())
-    for mark in parent.glob("cellray-*/alive"):
+    parent = parent or tempfile.gettempdir()
+    for mark in Path(parent).glob("cellray-*/alive"):
         # An OSError: its owner lives, has just removed it, or is another user.
         with suppress(OSError):
             if mark.parent.lstat().st_uid == os.getuid():

@@ -120,6 +120,13 @@ def test_what_a_killed_driver_leaves_is_removed_by_the_next_one(short, monkeypat
     assert foreign.is_dir()
 
 
+def test_temporary_files_go_where_the_user_says_however_long_its_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with cluster.scratch() as own:
+        assert Path(own).parent == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_local_cluster_listens_on_loopback_alone(ray_session):
     ours = _descendants(os.getpid())
     listening = [(host, port) for host, port, pid in _listeners() if pid in ours]

@@ -108,11 +108,11 @@ class Folder:
         fs, path = storage.locate(url)
         self.local = isinstance(fs, LocalFileSystem)
         self.url, self.warn = url, warn
-        self._passing = contextlib.ExitStack()
+        self._scratch = contextlib.ExitStack()
         if self.local:
             self.path = Path(path)
         else:
-            self.path = Path(self._passing.enter_context(cluster.scratch()), "metrics")
+            self.path = Path(self._scratch.enter_context(cluster.scratch()), "metrics")
             self.path.mkdir()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._sent: Future[float] | None = None
@@ -126,7 +126,7 @@ class Folder:
             self._settle()
             self._sent = self._pool.submit(self._upload, self._files())
             self._settle()
-            self._passing.close()
+            self._scratch.close()
         self._pool.shutdown()
 
     def sync(self) -> None:
